@@ -1,0 +1,32 @@
+# `make demo` and `make test` set everything up by themselves, and only when needed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo   train a tiny model on generated videos, end to end, with a restart in the middle"
+	@echo "make test   lint, type check, and every test"
+	@echo "make clean  remove what the targets made (the environment too)"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m ray_jobs.demo
+
+lint: $(READY)
+	$(BIN)/ruff check fvlm ray_jobs tests
+	$(BIN)/ruff format --check fvlm ray_jobs tests
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) demo-out *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,242 @@
+"""Every value that a run depends on. Frozen, validated, printed and stored whole.
+
+Presets (`fvlm.presets`) return a full `Config`; the command line overrides single keys (`--optim.lr 1e-4`).
+`IDENTITY` names what makes a run that run: a run folder refuses to go on when one of these has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fvlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture. Names are Hugging Face hub names, local folders, or keys of `fvlm.model.hub.ARCHITECTURES`."""
+
+    vision: str = "facebook/dinov2-small"
+    """A DINOv2."""
+    language: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """A causal language model of the Llama family."""
+    init: Literal["hub", "random"] = "hub"
+    """"hub": pretrained weights by name. "random": the same architecture from its config, nothing is downloaded."""
+    query_width: int = 384
+    """Q: width of the query vectors."""
+    deep_query: bool = True
+    """The query passes through every encoder layer. False: one attention on the final features (ablation only)."""
+    visual_norm: Literal["batch", "token", "none"] = "batch"
+    """What a visual token is divided by: the std of the whole global batch, its own, or nothing."""
+    train_vision: bool = True
+    """False freezes DINOv2 (not the query projections)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    fine_iterations: int = 2
+    """Refinements after the coarse pass; the last one is trained on."""
+    lambda_recon: float = 0.5
+    """Weight of the reconstruction loss."""
+    coarse_every: int = 10
+    """Every so many steps the coarse and the earlier fine losses are read too, without gradient."""
+    caption_start: bool = True
+    """Put `video_end_token` before the caption and train every caption token. False: tokens 2..L, no such token."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """Folder of a prepared dataset."""
+    num_frames: int = 8
+    """T: frames used a clip, at even steps among the stored ones."""
+    frame_size: int = 256
+    """Side of a frame in pixels; must be what the dataset holds."""
+    global_batch: int = 16
+    """G: clips in one optimizer step, over all ranks."""
+    lanes: int = 16
+    """C: canonical streams. The number of ranks must divide it; it must divide `global_batch`."""
+    window_steps: int = 16
+    """Rows are shuffled inside windows of so many steps of a lane; also the steps that one ingest task prepares."""
+    max_caption_tokens: int = 64
+    """Longer captions are cut, counted and shown."""
+    train_eos: bool = True
+    """Append the end token and train on it. False: padding is ignored by token id, which is also the end token's."""
+    decode_tasks: int = 0
+    """Ingest tasks at a time and rank. 0: what the cluster has left."""
+    prefetch_batches: int = 2
+    """Batches that a rank pulls out of the object store ahead of the step."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 3e-5
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    warmup_steps: int = 500
+    """Linear from lr / warmup_steps in the first step, then constant."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    max_steps: int = 100_000
+    seed: int = 0
+    """Decides the order of the samples and the random initialisation."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """"bf16": autocast; parameters and optimiser stay float32."""
+    log_every: int = 10
+    save_every: int = 500
+    keep_last: int = 3
+    """Checkpoints kept besides the milestones."""
+    milestones: tuple[int, ...] = (2_000, 10_000, 20_000)
+    """Steps whose checkpoints are never deleted; so are all multiples of the last one."""
+    ratio_window: int = 100
+    """Readings in the running averages of the ratios."""
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    workers: int = 1
+    """Ranks. Free to change between restarts."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray reserves for one rank; the others decode."""
+    threads: int = 0
+    """Threads of one rank that computes on CPUs; 0: the machine's cores, shared by its ranks."""
+    max_failures: int = 3
+    """Worker deaths that one start of the command survives."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    wandb_project: str = "foveated-vlm-joint"
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """"auto": online when WANDB_API_KEY is set or `wandb login` was done, offline otherwise."""
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""
+    """Set by the preset."""
+    run: str = ""
+    """Name of the run and of its folder. Empty: the preset's name."""
+    runs_dir: str = "runs"
+    """Where run folders live; on a cluster, storage that all nodes see."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def run_name(self) -> str:
+        return self.run or self.preset
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir).expanduser().resolve() / self.run_name
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def describe(self) -> str:
+        """The whole config, a line a section."""
+        lines = [f"{key}: {value!r}" for key, value in self.to_dict().items() if not isinstance(value, dict)]
+        for name, section in self.to_dict().items():
+            if isinstance(section, dict):
+                lines.append(f"{name}: " + ", ".join(f"{key}={value!r}" for key, value in section.items()))
+        return "\n".join(lines)
+
+
+IDENTITY = ("preset", "model", "objective", "data", "optim", "train.seed", "train.precision")
+"""Sections and keys that may not change once a run has begun ..."""
+NOT_IDENTITY = ("data.path", "data.decode_tasks", "data.prefetch_batches")
+"""... but for these (the dataset itself is compared by its fingerprint, not by where it lies)."""
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'data': {'lanes': 4}} -> {'data.lanes': 4}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a stored or live config that may not change, by dotted key."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key not in NOT_IDENTITY and any(key == name or key.startswith(f"{name}.") for name in IDENTITY)
+    }
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def validate(config: Config) -> Config:
+    """Return `config`, or raise UserError that names the key, the value and values that would do."""
+    data, workers = config.data, config.scale.workers
+    positive = {
+        "data.num_frames": data.num_frames,
+        "data.frame_size": data.frame_size,
+        "data.global_batch": data.global_batch,
+        "data.lanes": data.lanes,
+        "data.window_steps": data.window_steps,
+        "data.max_caption_tokens": data.max_caption_tokens,
+        "data.prefetch_batches": data.prefetch_batches,
+        "objective.fine_iterations": config.objective.fine_iterations,
+        "objective.coarse_every": config.objective.coarse_every,
+        "optim.lr": config.optim.lr,
+        "optim.grad_clip": config.optim.grad_clip,
+        "train.max_steps": config.train.max_steps,
+        "train.log_every": config.train.log_every,
+        "train.save_every": config.train.save_every,
+        "train.keep_last": config.train.keep_last,
+        "train.ratio_window": config.train.ratio_window,
+        "scale.workers": workers,
+    }
+    for key, value in positive.items():
+        _require(value > 0, f"--{key.replace('_', '-')} is {value}; it must be above 0.")
+    for key, value in {
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.weight_decay": config.optim.weight_decay,
+        "objective.lambda_recon": config.objective.lambda_recon,
+        "data.decode_tasks": data.decode_tasks,
+        "scale.max_failures": config.scale.max_failures,
+        "scale.threads": config.scale.threads,
+        "scale.cpus_per_worker": config.scale.cpus_per_worker,
+    }.items():
+        _require(value >= 0, f"--{key.replace('_', '-')} is {value}; it must not be negative.")
+    _require(
+        data.global_batch % data.lanes == 0,
+        f"--data.lanes {data.lanes} does not divide --data.global-batch {data.global_batch}. "
+        f"Values that do: {_divisors(data.global_batch)}.",
+    )
+    _require(
+        data.lanes % workers == 0,
+        f"--scale.workers {workers} does not divide --data.lanes {data.lanes}, so the ranks could not share the lanes "
+        f"evenly. Numbers of workers that do: {_divisors(data.lanes)}.",
+    )
+    _require(
+        bool(config.run_name) and "/" not in config.run_name and not config.run_name.startswith("."),
+        f"--run {config.run_name!r}: a run's name is the name of a folder; use letters, digits, '-' and '_'.",
+    )
+    return config

@@ -1,0 +1,125 @@
+"""The vision encoder that can be asked where to look.
+
+Patches pass through DINOv2 once per frame and leave their keys and values behind at every layer. A query is one more
+token that attends to them and is attended to by nobody, so any number of queries costs one token each.
+
+Shapes: F = B*T frames, N patches + CLS, D vision width, h heads, d = D / h, Q query width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer, Dinov2Model
+
+from fvlm.errors import UserError
+
+# Statistics of ImageNet, with which DINOv2 was trained (facebook/dinov2-small, preprocessor_config.json).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class PatchCache:
+    """What a frame's patches leave for queries.
+
+    keys_values: for every layer the patches' (K, V), each [F, h, N, d]; one pair, of width D, for `deep_query=False`
+    grid: (rows, columns) of the patches; N = rows * columns + 1, the CLS token first
+    """
+
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]
+    grid: tuple[int, int]
+
+
+class FoveatedEncoder(nn.Module):
+    """DINOv2 with a query path. Parameters: `dino.*`, `query_input_proj.weight`, `query_output_proj.{weight,bias}`."""
+
+    def __init__(self, dino: Dinov2Model, query_width: int, deep_query: bool = True):
+        super().__init__()
+        config = dino.config
+        if config.hidden_dropout_prob or config.attention_probs_dropout_prob or config.drop_path_rate:
+            raise UserError(
+                "model.vision: this DINOv2 has dropout or drop path above 0; the query path has none. Set them to 0."
+            )
+        self.dino = dino
+        self.deep_query = deep_query
+        # No bias: added to every query alike it outweighs what tells them apart, and every ratio becomes exactly 1.
+        self.query_input_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.query_output_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # Not in the checkpoint: constants.
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
+
+    def normalise(self, frames_FHW3: torch.Tensor) -> torch.Tensor:
+        """[F, H, W, 3] uint8 -> [F, 3, H, W] float32 with ImageNet statistics, on the frames' device."""
+        return (frames_FHW3.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+    def encode_patches(self, frames_FHW3: torch.Tensor) -> PatchCache:
+        """Run the patches through the encoder once. frames: [F, H, W, 3] uint8, H and W at least one patch."""
+        patch = self.dino.config.patch_size
+        grid = (frames_FHW3.shape[1] // patch, frames_FHW3.shape[2] // patch)
+        x_FND = self.dino.embeddings(self.normalise(frames_FHW3))
+        if not self.deep_query:
+            features = self.dino.layernorm(self.dino.encoder(x_FND).last_hidden_state)[:, None]  # [F, 1, N, D]
+            return PatchCache([(features, features)], grid)
+        layers = self.dino.encoder.layer
+        keys_values = []
+        for layer in layers:
+            normed = layer.norm1(x_FND)
+            k, v = _heads(layer, layer.attention.k_proj(normed)), _heads(layer, layer.attention.v_proj(normed))
+            keys_values.append((k, v))
+            if layer is not layers[-1]:  # after the last layer nobody reads the patches themselves
+                x_FND = _update(layer, x_FND, normed, k, v)
+        return PatchCache(keys_values, grid)
+
+    def forward(self, query_FQ: torch.Tensor, patches: PatchCache) -> torch.Tensor:
+        """One query a frame, [F, Q] -> what it saw, [F, D]."""
+        x_F1D = self.query_input_proj(query_FQ)[:, None]
+        if not self.deep_query:
+            ((k, v),) = patches.keys_values
+            seen = F.scaled_dot_product_attention(x_F1D[:, None], k, v)[:, 0]  # [F, 1, D]
+            return self.query_output_proj(seen)[:, 0]
+        for layer, (k, v) in zip(self.dino.encoder.layer, patches.keys_values, strict=True):
+            x_F1D = _update(layer, x_F1D, layer.norm1(x_F1D), k, v)
+        return self.query_output_proj(self.dino.layernorm(x_F1D))[:, 0]
+
+    @torch.no_grad()
+    def attention(self, query_FQ: torch.Tensor, patches: PatchCache) -> torch.Tensor:
+        """Where queries look: [layers, F, rows, columns], softmax weights averaged over heads, CLS left out.
+
+        For pictures, not for training: it runs the query path again and keeps the weights.
+        """
+        x_F1D = self.query_input_proj(query_FQ)[:, None]
+        maps = []
+        if not self.deep_query:
+            maps.append(_weights(x_F1D[:, None], patches.keys_values[0][0]))
+        else:
+            for layer, (k, v) in zip(self.dino.encoder.layer, patches.keys_values, strict=True):
+                normed = layer.norm1(x_F1D)
+                maps.append(_weights(_heads(layer, layer.attention.q_proj(normed)), k))
+                x_F1D = _update(layer, x_F1D, normed, k, v)
+        return torch.stack([weights[:, 1:].unflatten(1, patches.grid) for weights in maps])
+
+
+def _heads(layer: Dinov2Layer, x: torch.Tensor) -> torch.Tensor:
+    """[F, M, D] -> [F, h, M, d]"""
+    return x.unflatten(-1, (layer.attention.num_attention_heads, -1)).transpose(1, 2)
+
+
+def _weights(q_Fh1d: torch.Tensor, k_FhNd: torch.Tensor) -> torch.Tensor:
+    """Attention weights of one query a frame, mean over heads: [F, N]."""
+    scores = (q_Fh1d @ k_FhNd.transpose(-1, -2)) / q_Fh1d.shape[-1] ** 0.5
+    return scores.float().softmax(-1).mean(1)[:, 0]
+
+
+def _update(
+    layer: Dinov2Layer, x_FMD: torch.Tensor, normed_FMD: torch.Tensor, k_FhNd: torch.Tensor, v_FhNd: torch.Tensor
+) -> torch.Tensor:
+    """One DINOv2 block for M tokens that attend to the given keys and values; patches and queries both pass here."""
+    q = _heads(layer, layer.attention.q_proj(normed_FMD))
+    attended = F.scaled_dot_product_attention(q, k_FhNd, v_FhNd).transpose(1, 2).flatten(2)
+    x_FMD = x_FMD + layer.layer_scale1(layer.attention.o_proj(attended))
+    return x_FMD + layer.layer_scale2(layer.mlp(layer.norm2(x_FMD)))

@@ -1,0 +1,43 @@
+"""What a trained model says and where it looks: captions and gaze, for pictures and for people."""
+
+from __future__ import annotations
+
+import torch
+
+from fvlm.config import ObjectiveConfig
+from fvlm.model.foveated import FoveatedVLM
+from fvlm.model.objective import passes
+
+
+@torch.no_grad()
+def generate_captions(
+    model: FoveatedVLM, frames_BTHW3: torch.Tensor, config: ObjectiveConfig, max_tokens: int, eos_id: int
+) -> list[list[int]]:
+    """Greedy captions from the last fine tokens: token ids a clip, without the end token. frames: uint8."""
+    b, t = frames_BTHW3.shape[:2]
+    *_, last = passes(model, model.encode(frames_BTHW3), b, t, config.fine_iterations)
+    prefix = torch.cat([p.expand(b, -1, -1) for p in (model.fine_token, last.z_BTE, model.video_end_token)], dim=1)
+    ids = model.llm.generate(
+        inputs_embeds=prefix,
+        attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=eos_id,
+        pad_token_id=eos_id,
+    )
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in ids.tolist()]
+
+
+@torch.no_grad()
+def gaze(model: FoveatedVLM, frames_BTHW3: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the coarse and the last fine queries look: two maps [B, T, rows, columns], each summing to at most 1.
+
+    The mean over layers and heads of the attention on patches; the CLS token's share is what is missing to 1.
+    """
+    b, t = frames_BTHW3.shape[:2]
+    patches = model.encode(frames_BTHW3)
+    coarse, *_, fine = passes(model, patches, b, t, config.fine_iterations)
+    maps = [
+        model.encoder.attention(p.query_BTQ.flatten(0, 1), patches).mean(0).unflatten(0, (b, t)) for p in (coarse, fine)
+    ]
+    return maps[0], maps[1]
