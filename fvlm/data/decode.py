@@ -1,0 +1,50 @@
+"""Images <-> bytes: JPEG through libjpeg-turbo (simplejpeg), PNG through Pillow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from fvlm.data.schema import DatasetSpec
+
+
+def encode_frame(frame: np.ndarray, spec: DatasetSpec) -> bytes:
+    """[H, W, 3] uint8 RGB -> a JPEG or PNG file, as `spec` says."""
+    if spec.frame_codec == "png":
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "PNG", compress_level=6)
+        return buffer.getvalue()
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(frame), quality=spec.jpeg_quality, colorsubsampling=spec.jpeg_subsampling
+    )
+
+
+def decode_frame(data: bytes | memoryview, out: np.ndarray, spec: DatasetSpec) -> None:
+    """Decode one image into `out` [H, W, 3] uint8, in place. Raises ValueError: damaged, or of another size."""
+    if spec.frame_codec == "png":
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image)
+        if pixels.shape != out.shape:
+            raise ValueError(f"image is {pixels.shape}, the dataset says {out.shape}")
+        out[:] = pixels
+        return
+    height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    if (height, width) != out.shape[:2]:
+        raise ValueError(f"image is {height}x{width}, the dataset says {out.shape[0]}x{out.shape[1]}")
+    simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
+
+
+def even_steps(available: int, wanted: int) -> np.ndarray:
+    """[wanted] indices at even steps from the first to the last of `available` frames, rounded down."""
+    return np.linspace(0, available - 1, wanted, dtype=int)
+
+
+def decode_clips(columns: Sequence[Sequence[bytes | memoryview]], out: np.ndarray, spec: DatasetSpec) -> None:
+    """Decode `columns[t][b]`, the frame t of clip b, into `out` [B, T, H, W, 3]."""
+    for t, column in enumerate(columns):
+        for b, data in enumerate(column):
+            decode_frame(data, out[b, t], spec)

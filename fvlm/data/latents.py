@@ -1,0 +1,204 @@
+"""Latent codecs: frames -> the small half-precision pictures that the prediction head learns to foresee."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fvlm.data.schema import LatentDtype
+from fvlm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LatentCodec(Protocol):
+    """What preparation and reports need of a codec.
+
+    name:  goes into the dataset's spec
+    dtype: of the stored numbers
+    """
+
+    name: str
+    dtype: LatentDtype
+
+    def shape(self, frame_size: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the latent of a frame of S x S pixels. Raises UserError when S does not fit."""
+        ...
+
+    def encode(self, frames: np.ndarray, clip_id: str) -> np.ndarray:
+        """[T, S, S, 3] uint8 RGB -> [T, latent_bytes] uint8: the half-precision numbers, C order, little endian.
+
+        A codec that draws random numbers seeds them with `clip_id`, so that the same clip gives the same bytes.
+        """
+        ...
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """[T, C, h, w] float (stored ones through `from_bits`, or predicted ones) -> [T, S, S, 3] uint8 RGB."""
+        ...
+
+
+def to_bits(latents: np.ndarray, dtype: LatentDtype) -> np.ndarray:
+    """[T, ...] float32 -> [T, bytes] uint8, rounded to the nearest `dtype`."""
+    if dtype == "float16":
+        halves = latents.astype("<f2")
+    else:  # bfloat16 is the upper half of a float32; numpy has no such type, so round half to even by hand
+        words = np.ascontiguousarray(latents, "<f4").view("<u4").astype(np.uint64)
+        halves = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype("<u2")
+    return np.ascontiguousarray(halves).reshape(len(latents), -1).view(np.uint8)
+
+
+def from_bits(bits: np.ndarray, dtype: LatentDtype, shape: tuple[int, int, int]) -> np.ndarray:
+    """[T, bytes] uint8, as stored -> [T, *shape] float32. Exact."""
+    halves = np.ascontiguousarray(bits)
+    if dtype == "float16":
+        numbers = halves.view("<f2").astype(np.float32)
+    else:
+        numbers = (halves.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return numbers.reshape(len(bits), *shape)
+
+
+def _shape(channels: int, factor: int, frame_size: int, codec: str) -> tuple[int, int, int]:
+    if frame_size % factor:
+        near = frame_size // factor * factor
+        raise UserError(
+            f"frame size {frame_size}: the {codec} latents need a multiple of {factor}. "
+            f"Take {near or factor} or {near + factor}."
+        )
+    return (channels, frame_size // factor, frame_size // factor)
+
+
+def _dct(n: int) -> np.ndarray:
+    """[n, n] orthonormal DCT-II: row k is cos(pi (2x + 1) k / 2n), normalised (Ahmed, Natarajan, Rao 1974)."""
+    k, x = np.arange(n)[:, None], np.arange(n)[None]
+    rows = np.cos(np.pi * (2 * x + 1) * k / (2 * n))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+class BlockTransform:
+    """4 coefficients of an orthonormal 8 x 8 block transform: latents without any weights to download.
+
+    Pixels are brought to [-1, 1]. A block of 8 x 8 RGB pixels is 192 numbers; their three-dimensional DCT (over colour,
+    y and x) is orthonormal, and these coefficients of it are kept:
+
+        0  brightness, mean of the block                (colour 0, y 0, x 0)   divided by 6
+        1  red against blue, mean                       (colour 1, y 0, x 0)   divided by 1.5
+        2  red and blue against green, mean             (colour 2, y 0, x 0)   divided by 0.75
+        3  brightness, left against right of the block  (colour 0, y 0, x 1)   divided by 1
+
+    The divisors bring each to a standard deviation near 1 on natural video, as the VAE's scaling factor does. As the
+    rows are orthonormal, the transpose decodes, and no other picture made from these four numbers is nearer to the
+    original: a colour thumbnail of S/8 pixels, twice as sharp from left to right.
+    """
+
+    name = "block-transform"
+    dtype: LatentDtype = "float16"
+    KEPT = ((0, 0, 0), (1, 0, 0), (2, 0, 0), (0, 0, 1))
+    SCALE = (6.0, 1.5, 0.75, 1.0)
+
+    def __init__(self) -> None:
+        colour, pixel = _dct(3), _dct(8)
+        rows = [np.einsum("y,x,c->yxc", pixel[y], pixel[x], colour[c]).ravel() for c, y, x in self.KEPT]
+        self.basis = np.stack(rows).astype(np.float32)  # [4, 8 * 8 * 3], orthonormal rows
+        self.scale = np.array(self.SCALE, np.float32)
+
+    def shape(self, frame_size: int) -> tuple[int, int, int]:
+        return _shape(4, 8, frame_size, self.name)
+
+    def encode(self, frames: np.ndarray, clip_id: str) -> np.ndarray:
+        t, size = frames.shape[:2]
+        _, h, w = self.shape(size)
+        blocks = frames.reshape(t, h, 8, w, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(t, h, w, 192)
+        # einsum, not matmul: a BLAS sums in an order of its own, and equal inputs shall give equal bytes anywhere
+        latents = np.einsum("thwp,kp->tkhw", blocks / np.float32(127.5) - 1, self.basis, optimize=False)
+        return to_bits(latents / self.scale[:, None, None], self.dtype)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        t, _, h, w = latents.shape
+        scaled = latents.astype(np.float32) * self.scale[:, None, None]
+        blocks = np.einsum("tkhw,kp->thwp", scaled, self.basis).reshape(t, h, w, 8, 8, 3)
+        pixels = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(t, 8 * h, 8 * w, 3)
+        return np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+class AutoencoderKLCodec:
+    """Stable Diffusion's VAE through `diffusers`: sampled latents times its scaling factor, kept as bfloat16.
+
+    weights: a hub name or a local folder; device: a torch device.
+    Raises UserError when diffusers is not installed or the weights cannot be had.
+    """
+
+    dtype: LatentDtype = "bfloat16"
+    FRAMES_AT_ONCE = 8
+    """Of 256 x 256 pixels they take about 2 GB inside the VAE."""
+
+    def __init__(self, weights: str = "stabilityai/sd-vae-ft-mse", device: str = "cpu"):
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise UserError(
+                "the VAE's latents need the package diffusers. Install it (`pip install 'fvlm[vae]'`), or take "
+                f"`--latents {BlockTransform.name}`, which needs nothing."
+            ) from error
+        try:
+            vae = AutoencoderKL.from_pretrained(weights, low_cpu_mem_usage=False)  # True needs another package
+        except (OSError, ValueError) as error:  # what huggingface_hub and diffusers raise for absent or foreign weights
+            raise UserError(
+                f"the VAE's weights {weights!r} can neither be downloaded nor are they in the local cache "
+                f"({str(error).strip().splitlines()[0]}). Run once where huggingface.co is reachable, or set HF_HOME "
+                f"to a cache that holds them, or take `--latents {BlockTransform.name}`."
+            ) from error
+        self.name = weights.rstrip("/").rsplit("/", 1)[-1]
+        self.vae, self.device = vae.to(device).eval().requires_grad_(False), device
+        self.factor = float(vae.config.scaling_factor)
+
+    def shape(self, frame_size: int) -> tuple[int, int, int]:
+        config = self.vae.config
+        return _shape(config.latent_channels, 2 ** (len(config.block_out_channels) - 1), frame_size, self.name)
+
+    def encode(self, frames: np.ndarray, clip_id: str) -> np.ndarray:
+        import torch
+
+        seed = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "little")
+        noise = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers whatever the device
+        latents = []
+        for chunk in torch.from_numpy(np.ascontiguousarray(frames)).split(self.FRAMES_AT_ONCE):
+            with torch.inference_mode():
+                spread = self.vae.encode(self._normalise(chunk)).latent_dist
+            mean, std = spread.mean.float().cpu(), spread.std.float().cpu()
+            latents.append((mean + std * torch.randn(mean.shape, generator=noise)) * self.factor)
+        return to_bits(torch.cat(latents).numpy(), self.dtype)
+
+    def _normalise(self, frames: torch.Tensor) -> torch.Tensor:
+        """[n, S, S, 3] uint8 -> [n, 3, S, S] in [-1, 1] on the device."""
+        return frames.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        import torch
+
+        frames = []
+        for chunk in torch.from_numpy(np.ascontiguousarray(latents, np.float32)).split(self.FRAMES_AT_ONCE):
+            with torch.inference_mode():
+                image = self.vae.decode(chunk.to(self.device) / self.factor).sample  # [n, 3, S, S]
+            frames.append(((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
+        return torch.cat(frames).numpy()
+
+
+def make_codec(name: str, device: str = "cpu") -> LatentCodec:
+    """The codec of that name: "block-transform", "sd-vae-ft-mse", or a folder with the weights of an AutoencoderKL.
+
+    Raises UserError for any other name, and where the VAE cannot be had.
+    """
+    if name == BlockTransform.name:
+        return BlockTransform()
+    if name == "sd-vae-ft-mse":
+        return AutoencoderKLCodec(device=device)
+    if Path(name).is_dir():
+        return AutoencoderKLCodec(name, device)
+    raise UserError(
+        f"--latents {name}: no such codec. There are {BlockTransform.name} and sd-vae-ft-mse; "
+        "a folder with the weights of an AutoencoderKL does as well."
+    )

@@ -1,0 +1,213 @@
+"""Preparing a dataset part by part. A part is a fixed slice of the captions table and becomes one shard.
+
+    prepare.json         settings and the captions' hash, written first: what may be continued, and with what
+    _parts/00017.json    part 17 is done: its entry for the manifest and what it rejected
+    shard-00017.parquet  its clips (absent when it has none)
+
+Every file appears whole or not at all, and parts do not depend on each other. So a preparation that is stopped anywhere
+goes on with the parts that have no file in `_parts`, and ends with the same bytes. `_parts` is gone at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fvlm.data.captions import Row
+from fvlm.data.decode import encode_frame
+from fvlm.data.latents import LatentCodec
+from fvlm.data.schema import MANIFEST, REJECTS, DatasetSpec, EncodedClip, Manifest, ShardFile
+from fvlm.data.shards import ShardWriter, read_manifest, write_manifest
+from fvlm.data.video import RejectedVideo, read_clip
+from fvlm.errors import UserError
+from fvlm.files import TEMPORARY, write_atomic
+
+PARTS = "_parts"
+SETTINGS = "prepare.json"
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row of the captions table that did not become a clip; one line of rejects.jsonl."""
+
+    row: int
+    clip_id: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """What came of one part. `file` is None when no row of it was usable."""
+
+    file: ShardFile | None
+    rejects: tuple[Reject, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Part:
+        raw = json.loads(text)
+        file = raw["file"] and ShardFile(**raw["file"] | {"row_groups": tuple(raw["file"]["row_groups"])})
+        return cls(file, tuple(Reject(**reject) for reject in raw["rejects"]))
+
+
+def sidecar(root: Path, index: int) -> Path:
+    return root / PARTS / f"{index:05d}.json"
+
+
+def prepare_part(root: Path, videos: Path, index: int, rows: list[Row], spec: DatasetSpec, codec: LatentCodec) -> Part:
+    """Make part `index` of the dataset in `root` out of `rows`, and record it. Holds one row group of clips in memory.
+
+    Raises UserError (disk full, unreadable file); then there is neither a shard nor a record of this part.
+    """
+    rejects = []
+    path = root / f"shard-{index:05d}.parquet"
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for row in rows:
+            if row.refused:
+                rejects.append(Reject(row.number, row.clip_id, *row.refused))
+                continue
+            try:
+                clip = _clip(row, videos, spec, codec)
+            except RejectedVideo as error:
+                rejects.append(Reject(row.number, row.clip_id, error.reason, error.detail))
+                continue
+            writer = writer or stack.enter_context(ShardWriter(path, spec))  # a shard needs at least one clip
+            writer.add(clip)
+    part = Part(writer.file if writer else None, tuple(rejects))
+    write_atomic(sidecar(root, index), part.to_json())
+    return part
+
+
+def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec) -> EncodedClip:
+    file = next((file for file in row.files if (videos / file).is_file()), None)
+    if file is None:
+        raise RejectedVideo("missing", f"no such file in the folder of videos: {' or '.join(row.files)}")
+    frames, source = read_clip(videos / file, spec.num_frames, spec.frame_size, spec.resize)
+    return EncodedClip(
+        row.clip_id,
+        row.caption,
+        [encode_frame(frame, spec) for frame in frames],
+        codec.encode(frames, row.clip_id),
+        {"video": file} | source,
+    )
+
+
+@contextlib.contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Hold the dataset in `root` for this process alone.
+
+    Sweeps up what killed processes left half-written, and at the end what ours did; and all, if no part came of it.
+    """
+    (root / PARTS).mkdir(parents=True, exist_ok=True)
+    with (root / PARTS / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{root}: another preparation writes it. Wait for it, or take another --out.") from error
+        _sweep(root)
+        try:
+            yield
+        finally:
+            _sweep(root)
+            if not any(root.glob("shard-*")) and not any((root / PARTS).glob("*.json")):
+                discard(root)
+
+
+def _sweep(root: Path) -> None:
+    for folder in (root, root / PARTS):
+        for leftover in folder.glob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def check_begun(root: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError when `root` was begun with other settings (naming them), or holds shards of another origin."""
+    path = root / SETTINGS
+    if not path.exists():
+        foreign = next((file for file in [root / MANIFEST, *root.glob("shard-*")] if file.exists()), None)
+        if foreign:
+            raise UserError(
+                f"{root}: {foreign.name} is there, but no {SETTINGS}: this command did not make that dataset. "
+                "Choose another --out, or delete that folder."
+            )
+        return
+    try:
+        begun = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: damaged ({error}). Delete the folder {root} and prepare again.") from error
+    differing = [key for key in settings | begun if settings.get(key) != begun.get(key)]
+    if differing:
+        listed = ", ".join(f"{key} was {begun.get(key)!r}, now {settings.get(key)!r}" for key in differing)
+        raise UserError(
+            f"{root}: it was begun with other settings: {listed}. "
+            "Repeat those to continue it, choose another --out, or delete that folder."
+        )
+
+
+def begin(root: Path, settings: dict[str, Any]) -> None:
+    write_atomic(root / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+
+def is_done(root: Path, index: int) -> bool:
+    """Whether part `index` has its record, and the shard that it speaks of is there."""
+    try:
+        part = Part.from_json(sidecar(root, index).read_text())
+        return part.file is None or (root / part.file.name).stat().st_size == part.file.bytes
+    except FileNotFoundError:
+        return False
+
+
+def completed(root: Path) -> Manifest | None:
+    """The finished dataset, or None. A stop right after the manifest leaves `_parts`; it goes now."""
+    if not (root / MANIFEST).exists():
+        return None
+    shutil.rmtree(root / PARTS, ignore_errors=True)
+    return read_manifest(root)
+
+
+def finish(root: Path, spec: DatasetSpec, num_parts: int, captions: Path) -> Manifest:
+    """All parts are done: rejects.jsonl, then the manifest, then `_parts` goes.
+
+    Raises UserError, and leaves nothing behind, when no clip came out of any part.
+    """
+    parts = [Part.from_json(sidecar(root, index).read_text()) for index in range(num_parts)]
+    rejects = [reject for part in parts for reject in part.rejects]
+    files = [part.file for part in parts if part.file]
+    if not files:
+        discard(root)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).most_common())
+        raise UserError(
+            f"{captions}: none of its {len(rejects)} rows became a clip: {reasons} "
+            f"(the first: {rejects[0].clip_id or 'row 0'}: {rejects[0].detail})."
+        )
+    _sweep(root)
+    lines = [json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
+    write_atomic(root / REJECTS, "".join(lines))
+    manifest = write_manifest(root, spec, files, len(rejects))
+    shutil.rmtree(root / PARTS)
+    return manifest
+
+
+def discard(root: Path) -> None:
+    """Remove what a preparation that made no shard has made."""
+    shutil.rmtree(root / PARTS, ignore_errors=True)
+    (root / SETTINGS).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else lies in it
+        root.rmdir()
+
+
+def count_rejects(root: Path) -> Counter[str]:
+    """Rejected rows of a finished dataset, by reason."""
+    with (root / REJECTS).open() as lines:
+        return Counter(json.loads(line)["reason"] for line in lines)
