@@ -128,6 +128,8 @@ class Config:
     """Name of the run and of its folder. Empty: the preset's name."""
     runs_dir: str = "runs"
     """Where run folders live; on a cluster, storage that all nodes see."""
+    import_checkpoint: str = ""
+    """A `latest.pt` of the earlier trainer, to begin from. Once the run has a checkpoint of its own, that wins."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)

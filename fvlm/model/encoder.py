@@ -9,11 +9,12 @@ Shapes: F = B*T frames, N patches + CLS, D vision width, h heads, d = D / h, Q q
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer, Dinov2Model
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from fvlm.errors import UserError
 
@@ -37,6 +38,9 @@ class PatchCache:
 class FoveatedEncoder(nn.Module):
     """DINOv2 with a query path. Parameters: `dino.*`, `query_input_proj.weight`, `query_output_proj.{weight,bias}`."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, dino: Dinov2Model, query_width: int, deep_query: bool = True):
         super().__init__()
         config = dino.config
@@ -44,7 +48,7 @@ class FoveatedEncoder(nn.Module):
             raise UserError(
                 "model.vision: this DINOv2 has dropout or drop path above 0; the query path has none. Set them to 0."
             )
-        self.dino = dino
+        self.dino: Any = dino  # to a type checker every child of a module is Tensor | Module
         self.deep_query = deep_query
         # No bias: added to every query alike it outweighs what tells them apart, and every ratio becomes exactly 1.
         self.query_input_proj = nn.Linear(query_width, config.hidden_size, bias=False)
@@ -104,7 +108,7 @@ class FoveatedEncoder(nn.Module):
         return torch.stack([weights[:, 1:].unflatten(1, patches.grid) for weights in maps])
 
 
-def _heads(layer: Dinov2Layer, x: torch.Tensor) -> torch.Tensor:
+def _heads(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """[F, M, D] -> [F, h, M, d]"""
     return x.unflatten(-1, (layer.attention.num_attention_heads, -1)).transpose(1, 2)
 
@@ -116,7 +120,7 @@ def _weights(q_Fh1d: torch.Tensor, k_FhNd: torch.Tensor) -> torch.Tensor:
 
 
 def _update(
-    layer: Dinov2Layer, x_FMD: torch.Tensor, normed_FMD: torch.Tensor, k_FhNd: torch.Tensor, v_FhNd: torch.Tensor
+    layer: Any, x_FMD: torch.Tensor, normed_FMD: torch.Tensor, k_FhNd: torch.Tensor, v_FhNd: torch.Tensor
 ) -> torch.Tensor:
     """One DINOv2 block for M tokens that attend to the given keys and values; patches and queries both pass here."""
     q = _heads(layer, layer.attention.q_proj(normed_FMD))

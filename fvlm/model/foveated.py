@@ -5,6 +5,8 @@ Shapes: B clips, T frames, L caption tokens, D vision width, E language width, Q
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -51,7 +53,7 @@ class FoveatedVLM(nn.Module):
         self.no_text_token = nn.Parameter(torch.randn(1, 1, e) * VISUAL_STD)
         self.video_end_token = nn.Parameter(torch.randn(1, 1, e) * VISUAL_STD)
         self.encoder = FoveatedEncoder(vision, q, config.deep_query)
-        self.llm = language
+        self.llm: Any = language
         self.dino_to_llm = nn.Linear(vision.config.hidden_size, e)
         self.llm_to_query = nn.Linear(e, q)
         self.pred_head = PredictionHead(e, latent_shape[0])

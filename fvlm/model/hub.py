@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,13 +55,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build_model(config: ModelConfig, latent_shape: tuple[int, int, int], seed: int) -> FoveatedVLM:
+def build_model(
+    config: ModelConfig, latent_shape: tuple[int, int, int], seed: int, pretrained: bool = True
+) -> FoveatedVLM:
     """The whole model in float32 on the CPU. What is not pretrained is drawn from `seed`, the same on every rank.
 
+    pretrained=False leaves out the hub's weights, for a model that a checkpoint is about to fill.
     Raises UserError when a name is unknown or weights cannot be had, with the cure.
     """
     torch.manual_seed(seed)
-    if config.init == "random":
+    if config.init == "random" or not pretrained:
         vision = AutoModel.from_config(architecture(config.vision, "model.vision"), attn_implementation="sdpa")
         language = AutoModelForCausalLM.from_config(
             architecture(config.language, "model.language"), attn_implementation="sdpa"
@@ -114,7 +116,3 @@ def check_families(vision: PreTrainedModel, language: PreTrainedModel, config: M
             f"--model.language {config.language!r} ({language.config.model_type}) is not laid out like a Llama "
             "(.model.embed_tokens, .lm_head). Take a language model of the Llama family."
         )
-
-
-def is_local(name: str) -> bool:
-    return Path(name).is_dir()

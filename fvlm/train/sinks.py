@@ -1,0 +1,121 @@
+"""Where metrics go. A sink takes the rows of the steps since the last call, and the newest value of everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fvlm.config import Config
+from fvlm.files import write_atomic
+from fvlm.train.metrics import Row, log_line
+
+TRAIN_LOG, METRICS, WANDB_ID = "train.log", "metrics.jsonl", "wandb_id"
+
+
+class Sink(Protocol):
+    def write(self, rows: list[Row], latest: Row) -> None: ...
+
+    def note(self, text: str) -> None:
+        """Something a person should know: resumed, saved, finished."""
+
+    def close(self) -> None: ...
+
+
+class TrainLog:
+    """train.log: one line every `log_every` steps, whole lines only, never a carriage return."""
+
+    def __init__(self, run_dir: Path, max_steps: int):
+        self._file = (run_dir / TRAIN_LOG).open("a", buffering=1)
+        self._max_steps = max_steps
+
+    def write(self, rows: list[Row], latest: Row) -> None:
+        self.note(log_line(latest, self._max_steps))
+
+    def note(self, text: str) -> None:
+        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JsonLines:
+    """metrics.jsonl: one object a step. Opening it at step s drops what a lost process wrote after s."""
+
+    def __init__(self, run_dir: Path, step: int):
+        path = run_dir / METRICS
+        if path.exists():
+            write_atomic(path, "".join(kept_lines(path, step)))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, rows: list[Row], latest: Row) -> None:
+        self._file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def note(self, text: str) -> None:
+        """Notes are for people; this file is for programs."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def kept_lines(path: Path, step: int) -> list[str]:
+    """The whole lines of a metrics.jsonl up to `step`. A line that was cut by a crash is not whole, and the last."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step and line.endswith("\n"):
+            kept.append(line)
+    return kept
+
+
+class Wandb:
+    """One W&B run for the whole life of a run folder: its id lies there, and every restart uses it."""
+
+    def __init__(self, config: Config):
+        import wandb  # heavy, and not wanted with --log.wandb off
+
+        run_dir = config.run_dir
+        self._run: Any = wandb.init(
+            project=config.log.wandb_project,
+            name=config.run_name,
+            id=wandb_id(run_dir),
+            resume="allow",
+            dir=str(run_dir),
+            mode=wandb_mode(config),
+            config=config.to_dict(),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def write(self, rows: list[Row], latest: Row) -> None:
+        step = int(latest["step"])
+        self._run.log({key: value for key, value in latest.items() if key != "step"}, step=step)
+
+    def note(self, text: str) -> None:
+        """W&B shows numbers; train.log has the notes."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The run's W&B id, made on first use."""
+    path = run_dir / WANDB_ID
+    if not path.exists():
+        write_atomic(path, os.urandom(4).hex() + "\n")
+    return path.read_text().strip()
+
+
+def wandb_mode(config: Config) -> Literal["online", "offline"]:
+    """ "auto": online where there is a key, offline (to be synced later) where there is none."""
+    if config.log.wandb in ("online", "offline"):
+        return config.log.wandb
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    logged_in = netrc.is_file() and "api.wandb.ai" in netrc.read_text()
+    return "online" if os.environ.get("WANDB_API_KEY") or logged_in else "offline"
