@@ -1,0 +1,297 @@
+"""Take over a run of the earlier trainer: its `latest.pt` becomes a checkpoint of ours.
+
+    python -m fvlm.convert.legacy_checkpoint latest.pt --out DIR     # a look, without training
+    python -m ray_jobs.train PRESET --import-checkpoint latest.pt    # the first start of a run
+
+Every key of the file goes somewhere that the printed table names; a key that maps to nothing, a missing one, or a wrong
+shape is an error. Nothing is guessed, and no code in the file is run.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from fvlm import presets
+from fvlm.config import Config
+from fvlm.data.plan import Plan
+from fvlm.data.schema import Manifest
+from fvlm.errors import UserError
+from fvlm.model.foveated import FoveatedVLM
+from fvlm.model.hub import build_model
+from fvlm.train.loop import run_state
+from fvlm.train.metrics import RATIOS, Metrics
+from fvlm.train.optim import freeze_unreached
+from fvlm.train.state import random_generators, write_checkpoint
+
+# DINOv2 as transformers 4 named it -> as transformers 5 does. Everything else kept its name.
+_RENAMED = (
+    (re.compile(r"^(encoder\.dino\.encoder\.layer\.\d+\.attention)\.attention\.(query|key|value)\."), ("q", "k", "v")),
+    (re.compile(r"^(encoder\.dino\.encoder\.layer\.\d+\.attention)\.output\.dense\."), ("o",)),
+)
+TIED, EMBEDDINGS = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
+BUFFERS = ("encoder._dummy",)
+TOP_LEVEL = {
+    "step", "epoch", "model_state_dict", "optimizer_state_dict", "scaler_state_dict", "scheduler_state_dict", "metrics",
+    "config", "timestamp",
+}  # fmt: skip
+METRICS = {"cap_ratio": "caption/ratio_avg", "rec_ratio": "recon/ratio_avg"}
+SETTINGS = {
+    "num_frames": "data.num_frames",
+    "batch_size": "data.global_batch",
+    "learning_rate": "optim.lr",
+    "weight_decay": "optim.weight_decay",
+    "warmup_steps": "optim.warmup_steps",
+    "grad_clip": "optim.grad_clip",
+    "lambda_recon": "objective.lambda_recon",
+    "fine_iterations": "objective.fine_iterations",
+    "deep_query": "model.deep_query",
+}
+"""Keys of the earlier trainer's config that decide the experiment, and ours that say the same."""
+FIXED = {"grad_accum": 1, "lambda_coarse": 0.0}
+"""Settings of its that have one value here."""
+
+
+@dataclass(frozen=True)
+class LegacyCheckpoint:
+    """An imported run. Tensors are views into the file, which is mapped, not loaded."""
+
+    step: int
+    """Finished steps; also the number of the next one."""
+    model: dict[str, torch.Tensor]
+    """By our parameter names."""
+    optimizer: dict[str, torch.Tensor]
+    """"exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME", as our checkpoints hold them."""
+    metrics: dict[str, float]
+    """What people watched, by the names we log it under."""
+    table: list[tuple[str, str]]
+    """Every key of the file, and where it went."""
+    differences: list[str]
+    """Settings in which the file's run and ours differ."""
+
+    def describe(self, path: Path) -> str:
+        """The table of all keys, and what differs."""
+        width = max(len(key) for key, _ in self.table)
+        lines = [f"{path}: {self.step} steps, {len(self.model)} tensors, {len(self.table)} keys:"]
+        lines += [f"  {key:<{width}}  {where}" for key, where in self.table]
+        lines.append(
+            f"A fresh epoch of this trainer's order begins at step {self.step}; the data's old order is not kept."
+        )
+        lines += [f"NOTE: another setting than the imported run's: {difference}" for difference in self.differences]
+        return "\n".join(lines)
+
+
+def read_legacy_checkpoint(path: Path, model: FoveatedVLM, config: Config) -> LegacyCheckpoint:
+    """Read `path` for a model of this architecture, which may be on the meta device: only names and shapes count.
+
+    Parameters that `config` does not train must be switched off in `model` (`freeze_unreached`). Raises UserError,
+    naming file, key and reason.
+    """
+    raw = _load(path)
+    table: list[tuple[str, str]] = []
+    names = _map_model(path, raw["model_state_dict"], model, table)
+    optimizer = _map_optimizer(path, raw["optimizer_state_dict"], list(names), model, table)
+    step = _step(path, raw, table)
+    metrics = {METRICS[key]: float(value) for key, value in raw["metrics"].items() if key in METRICS}
+    for key in raw["metrics"]:
+        table.append((f"metrics.{key}", METRICS.get(key, "not kept: not a metric of ours")))
+    table += [
+        ("epoch", "not kept: the earlier trainer has no position in its data; a fresh epoch begins"),
+        ("scaler_state_dict", "not kept: bf16 needs no loss scaler"),
+        ("timestamp", "not kept"),
+    ]
+    stored = raw["model_state_dict"]
+    return LegacyCheckpoint(
+        step, {ours: stored[theirs] for ours, theirs in names.items()}, optimizer, metrics, table,
+        _compare_settings(raw["config"], config, table),
+    )  # fmt: skip
+
+
+def import_run(path: Path, config: Config, manifest: Manifest, root: Path) -> Path:
+    """Begin a run from `path`: write its state as a checkpoint of ours in `root`, and print where every key went.
+
+    The plan starts a fresh epoch at the imported step. Weights and moments go from file to file, never all in memory.
+    """
+    legacy = read_legacy_checkpoint(path, _skeleton(config, manifest.spec.latent_shape), config)
+    print(legacy.describe(path), flush=True)
+    plan = Plan.of_config(manifest, config, origin=legacy.step)
+    metrics = Metrics(config.train.ratio_window)
+    metrics.load_state_dict({"windows": dict.fromkeys(RATIOS, ()), "latest": legacy.metrics})
+    return _write(legacy, root, config.train.seed, run_state(config, plan, metrics, trained_s=0.0))
+
+
+def _skeleton(config: Config, latent_shape: tuple[int, int, int]) -> FoveatedVLM:
+    """Names, shapes and order of the model's parameters, without memory for them."""
+    with torch.device("meta"):
+        model = build_model(config.model, latent_shape, config.train.seed, pretrained=False)
+    freeze_unreached(model, config)
+    return model
+
+
+def _write(legacy: LegacyCheckpoint, root: Path, seed: int, state: dict[str, Any]) -> Path:
+    torch.manual_seed(seed)  # the file has no random state; nothing in a step draws from it
+    return write_checkpoint(root, legacy.step, legacy.model, legacy.optimizer | random_generators(), state)
+
+
+def our_name(key: str) -> str:
+    """The name that a key of the earlier trainer's model has here."""
+    for pattern, heads in _RENAMED:
+        match = pattern.match(key)
+        if match:
+            head = heads[0] if len(heads) == 1 else match[2][0]  # query -> q, key -> k, value -> v
+            return f"{match[1]}.{head}_proj.{key[match.end() :]}"
+    return key
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--import-checkpoint {path}: no such file.")
+    try:
+        raw = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused; loading it would run code that is not plain weights ({str(error).splitlines()[0]})."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path}: cannot be read; cut short or damaged ({str(error).splitlines()[0]}).") from error
+    keys = set(raw) if isinstance(raw, dict) else set()
+    if keys != TOP_LEVEL:
+        raise UserError(
+            f"{path}: not a checkpoint of the earlier trainer: missing keys {sorted(TOP_LEVEL - keys)}, "
+            f"unknown keys {sorted(map(str, keys - TOP_LEVEL))}."
+        )
+    return raw
+
+
+def _map_model(
+    path: Path, stored: dict[str, torch.Tensor], model: FoveatedVLM, table: list[tuple[str, str]]
+) -> dict[str, str]:
+    """{our name: their key}, in the file's order."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    names: dict[str, str] = {}
+    for key, tensor in stored.items():
+        if key in BUFFERS:
+            table.append((key, "not kept: a buffer that held nothing"))
+        elif key == TIED and TIED not in wanted:
+            if EMBEDDINGS not in stored or not torch.equal(tensor, stored[EMBEDDINGS]):
+                raise UserError(
+                    f"{path}: {TIED} is not the same as {EMBEDDINGS}, but this language model ties the two."
+                )
+            table.append((key, f"tied to {EMBEDDINGS}; equal, kept once"))
+        else:
+            name = our_name(key)
+            if name not in wanted:
+                raise UserError(f"{path}: {key} maps to {name}, which this model does not have: another architecture.")
+            if tuple(tensor.shape) != wanted[name]:
+                raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, but {name} of this model is {wanted[name]}.")
+            names[name] = key
+            table.append((key, name))
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise UserError(f"{path}: lacks {len(missing)} tensors of this model, for example {missing[:3]}.")
+    # The optimiser counts parameters by position; a file in another order would hand moments to the wrong ones.
+    if list(names) != list(wanted):
+        first = next(theirs for theirs, ours in zip(names, wanted, strict=True) if theirs != ours)
+        raise UserError(f"{path}: its keys are not in the order of the model's parameters (from {first} on).")
+    return names
+
+
+def _map_optimizer(
+    path: Path, stored: dict[str, Any], order: list[str], model: FoveatedVLM, table: list[tuple[str, str]]
+) -> dict[str, torch.Tensor]:
+    """Moments by our names. The file counts parameters by position in `order`."""
+    groups, states = stored["param_groups"], stored["state"]
+    positions = [position for group in groups for position in group["params"]]
+    if positions != list(range(len(order))):
+        raise UserError(
+            f"{path}: the optimizer has {len(positions)} parameters in {len(groups)} groups, the model {len(order)}."
+        )
+    unknown = [index for index in states if index not in range(len(order))]
+    if unknown:
+        raise UserError(f"{path}: optimizer_state_dict.state has the indices {unknown[:3]}, which are no parameters.")
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = {}
+    for index, name in enumerate(order):
+        trained, state = parameters[name].requires_grad, states.get(index)
+        if trained != (state is not None):
+            raise UserError(
+                f"{path}: optimizer state {index} ({name}) is {'missing' if trained else 'there'}, but this config "
+                f"{'trains' if trained else 'does not train'} that parameter. Check --objective.caption-start and "
+                "--model.train-vision against the run that wrote the file."
+            )
+        if state is None:
+            table.append((f"optimizer {index}", f"{name}: never had a gradient, has no moments"))
+            continue
+        if set(state) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise UserError(f"{path}: optimizer state {index} ({name}) has the keys {sorted(state)}; not AdamW's.")
+        for kind in ("exp_avg", "exp_avg_sq"):
+            if state[kind].shape != parameters[name].shape:
+                raise UserError(
+                    f"{path}: optimizer state {index}.{kind} is {tuple(state[kind].shape)}, but {name} is "
+                    f"{tuple(parameters[name].shape)}."
+                )
+        tensors |= {f"{kind}/{name}": value for kind, value in state.items()}
+        table.append((f"optimizer {index}", f"moments of {name}"))
+    return tensors
+
+
+def _step(path: Path, raw: dict[str, Any], table: list[tuple[str, str]]) -> int:
+    step, scheduler = int(raw["step"]), raw["scheduler_state_dict"]
+    if scheduler["last_epoch"] != step:
+        raise UserError(
+            f"{path}: step is {step}, but scheduler_state_dict.last_epoch is {scheduler['last_epoch']}; "
+            "the file is of two minds about where the run stands."
+        )
+    table.append(("step", f"{step} finished steps; the run goes on with step number {step}"))
+    table.append(("scheduler_state_dict", f"learning rate of step {step}: a function of the step here"))
+    return step
+
+
+def _compare_settings(theirs: dict[str, Any], config: Config, table: list[tuple[str, str]]) -> list[str]:
+    differences = []
+    for key in theirs:
+        table.append((f"config.{key}", f"compared with {SETTINGS[key]}" if key in SETTINGS else "not kept: see ours"))
+    for key, ours in SETTINGS.items():
+        section, name = ours.split(".")
+        value = getattr(getattr(config, section), name)
+        if key in theirs and theirs[key] != value:
+            differences.append(f"{ours}: {theirs[key]!r} there, {value!r} here")
+    for key, value in FIXED.items():
+        if theirs.get(key, value) != value:
+            differences.append(f"{key}: {theirs[key]!r} there; this trainer has only {value!r}")
+    return differences
+
+
+@dataclass(frozen=True)
+class Look:
+    """Show what a checkpoint of the earlier trainer holds, and write it in our format."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    out: Path
+    """Folder in which the checkpoint's folder is made."""
+    config: Config
+    """The run it would become."""
+
+
+def main() -> None:
+    look = tyro.cli(Look, default=Look(tyro.MISSING, tyro.MISSING, presets.joint_multifine()), description=__doc__)
+    raw = _load(look.checkpoint)
+    latent_shape = tuple(raw["model_state_dict"]["z_vae_init"].shape[1:])
+    legacy = read_legacy_checkpoint(look.checkpoint, _skeleton(look.config, latent_shape), look.config)
+    print(legacy.describe(look.checkpoint))
+    print(f"written: {_write(legacy, look.out, look.config.train.seed, {'config': look.config.to_dict()})}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,169 @@
+"""`make demo`: the whole road in a few minutes on two CPU cores.
+
+Generated videos -> prepare -> train, killed in the middle and started again by the same command -> what came out, as a
+table and two pictures. Every part is the real one; only the model and the frames are small.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from fvlm import presets
+from fvlm.config import Config
+from fvlm.data.collate import Collator
+from fvlm.data.plan import Plan
+from fvlm.data.read import ClipReader
+from fvlm.data.shards import read_manifest
+from fvlm.data.synthetic import write_videos
+from fvlm.data.text import CaptionTokenizer, load_tokenizer
+from fvlm.errors import UserError
+from fvlm.model.generate import gaze, generate_captions
+from fvlm.model.hub import build_model
+from fvlm.model.objective import compute_losses
+from fvlm.train.metrics import RATIOS
+from fvlm.train.pictures import plot_curves, plot_gaze
+from fvlm.train.run_folder import TOKENIZER, latest_checkpoint
+from fvlm.train.sinks import METRICS
+from fvlm.train.state import load_checkpoint
+from ray_jobs.cli import run_command
+
+
+@dataclass(frozen=True)
+class Demo:
+    out: str = "demo-out"
+    """Folder for everything the demo makes. What is complete there is used again."""
+    clips: int = 320
+    """Training videos."""
+    held_out: int = 32
+    """Videos that are never trained on."""
+    steps: int = 300
+
+
+def main() -> None:
+    demo = tyro.cli(Demo, prog="python -m ray_jobs.demo", description=__doc__)
+    out = Path(demo.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    train_data = make_dataset(out / "train", demo.clips, seed=0)
+    held_out_data = make_dataset(out / "held-out", demo.held_out, seed=1)
+    config = presets.get("demo", runs_dir=str(out / "runs"))
+    command = ["train", "demo", "--data.path", str(train_data), "--runs-dir", str(out / "runs"),
+               "--train.max-steps", str(demo.steps)]  # fmt: skip
+    if latest_checkpoint(config.run_dir) is None:
+        kill_in_the_middle(command, config.run_dir / METRICS, demo.steps // 2 + config.train.log_every)
+        say("starting the same command again: it resumes from the last checkpoint, without a flag")
+    job(*command)
+    show(config, held_out_data, out)
+    say(f"done in {time.monotonic() - began:.0f} s")
+
+
+def make_dataset(folder: Path, clips: int, seed: int) -> Path:
+    """Generated videos, prepared by the command that prepares real ones."""
+    say(f"{folder.name}: {clips} videos of moving shapes -> {folder}")
+    config = presets.get("demo").data
+    captions = write_videos(folder / "videos", clips, config.frame_size, seed)
+    job("prepare", "--videos", str(folder / "videos"), "--captions", str(captions), "--out", str(folder / "shards"),
+        "--num-frames", str(2 * config.num_frames), "--frame-size", str(config.frame_size),
+        "--clips-per-shard", "64")  # fmt: skip
+    return folder / "shards"
+
+
+def job(module: str, *args: str) -> None:
+    """Run one of our commands as a person would; its output is the demo's."""
+    code = subprocess.call([sys.executable, "-m", f"ray_jobs.{module}", *args])
+    if code:
+        raise UserError(f"`python -m ray_jobs.{module}` ended with exit code {code}; its own message stands above.")
+
+
+def kill_in_the_middle(command: list[str], metrics: Path, step: int) -> None:
+    """Start training, and kill it with SIGKILL once it is past `step`."""
+    process = subprocess.Popen([sys.executable, "-m", f"ray_jobs.{command[0]}", *command[1:]])
+    while process.poll() is None and last_step(metrics) < step:
+        time.sleep(0.2)
+    if process.returncode:
+        raise UserError(f"training ended with exit code {process.returncode}; its own message stands above.")
+    process.kill()
+    process.wait()
+    say(f"killed the command (SIGKILL) after step {last_step(metrics)}")
+
+
+def last_step(metrics: Path) -> int:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def show(config: Config, held_out: Path, out: Path) -> None:
+    """The table and the two pictures."""
+    rows = [json.loads(line) for line in (config.run_dir / METRICS).read_text().splitlines()]
+    held = evaluate(config, held_out, out / "gaze.png")
+    plot_curves(config.run_dir, out / "curves.png")
+    first, last = rows[0], rows[-1]
+    averages = {name: next(r[f"{name}_avg"] for r in reversed(rows) if f"{name}_avg" in r) for name in RATIOS}
+    logged = [row for row in rows if "train/clips_per_s" in row]
+    middle = logged[len(logged) // 2 :]
+    table = [
+        ("steps", f"{last['step']} (each once: {[r['step'] for r in rows] == list(range(1, len(rows) + 1))})"),
+        ("caption loss, first -> last step", f"{first['caption/loss_fine']:.4f} -> {last['caption/loss_fine']:.4f}"),
+        ("reconstruction loss, first -> last step", f"{first['recon/loss_fine']:.4f} -> {last['recon/loss_fine']:.4f}"),
+        ("caption ratio (coarse / fine), average", f"{averages['caption/ratio']:.4f}"),
+        ("reconstruction ratio, average", f"{averages['recon/ratio']:.4f}"),
+        ("held out: caption loss, ratio", f"{held['caption']:.4f}, {held['caption_ratio']:.4f}"),
+        ("held out: reconstruction loss, ratio", f"{held['recon']:.4f}, {held['recon_ratio']:.4f}"),
+        ("clips/s, median", f"{median([r['train/clips_per_s'] for r in middle]):.1f}"),
+        ("data-wait share, median", f"{100 * median([r['train/data_wait'] for r in middle]):.1f} %"),
+    ]
+    width = max(len(name) for name, _ in table)
+    print("\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in table))
+    print(f"\n  curves: {out / 'curves.png'}\n  gaze:   {out / 'gaze.png'}\n  log:    {config.run_dir / 'train.log'}\n")
+
+
+def median(values: list[float]) -> float:
+    return float(torch.tensor(values).median())
+
+
+@torch.no_grad()
+def evaluate(config: Config, dataset: Path, png: Path) -> dict[str, float]:
+    """Losses and ratios on clips that were not trained on, and a picture of the first one's gaze."""
+    manifest = read_manifest(dataset)
+    model = build_model(config.model, manifest.spec.latent_shape, config.train.seed).eval()
+    checkpoint = latest_checkpoint(config.run_dir)
+    assert checkpoint is not None  # the run is finished
+    load_checkpoint(checkpoint, model)
+    data = config.data
+    tokenizer = CaptionTokenizer(load_tokenizer(config.run_dir / TOKENIZER), data.max_caption_tokens, data.train_eos)
+    reader = ClipReader(manifest, Plan.of_config(manifest, config), data.num_frames)
+    collate = Collator(manifest.spec, tokenizer)
+    sums = dict.fromkeys(("caption", "caption_coarse", "recon", "recon_coarse"), 0.0)
+    for lo, hi in reader.plan.windows(0, reader.plan.steps_per_epoch):
+        for raw in reader.read(lo, hi):
+            batch = collate(raw)
+            losses = compute_losses(model, batch, config.objective, readings=True)
+            for name, value in (
+                ("caption", losses.caption[-1]),
+                ("caption_coarse", losses.caption_coarse),
+                ("recon", losses.recon[-1]),
+                ("recon_coarse", losses.recon_coarse),
+            ):
+                sums[name] += float(value) / reader.plan.steps_per_epoch  # type: ignore[arg-type]  # readings are on
+    coarse, fine = gaze(model, batch.frames[:1], config.objective)
+    (said,) = generate_captions(model, batch.frames[:1], config.objective, data.max_caption_tokens, tokenizer.eos_id)
+    lines = [f"true: {raw['caption'][0]}", f"model: {tokenizer.decode(said)}"]
+    plot_gaze(batch.frames[0], coarse[0], fine[0], lines, png)
+    ratios = {f"{name}_ratio": sums[f"{name}_coarse"] / sums[name] for name in ("caption", "recon")}
+    return {"caption": sums["caption"], "recon": sums["recon"]} | ratios
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,225 @@
+"""Videos and captions -> a dataset. `python -m ray_jobs.prepare --videos DIR --captions FILE --out DIR`
+
+Interrupted, it is continued by the same command; finished, it says so. On a cluster all three paths have to be seen by
+every node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.data
+import tyro
+
+from fvlm.data import parts
+from fvlm.data.captions import Captions, Row
+from fvlm.data.latents import BlockTransform, LatentCodec, make_codec
+from fvlm.data.schema import DatasetSpec, Manifest
+from fvlm.errors import UserError
+from fvlm.files import sha256_file
+from ray_jobs.cli import run_command
+from ray_jobs.cluster import connect
+
+PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Make a dataset out of videos and captions."""
+
+    videos: Path
+    """Folder that the paths in the captions table start from."""
+    captions: Path
+    """CSV or Parquet file with the columns video and caption, or WebVid's videoid and name (and page_dir)."""
+    out: Path
+    """Folder of the dataset."""
+    num_frames: int = 24
+    """Frames stored a clip, at even steps. Videos with fewer are rejected; training may use fewer."""
+    frame_size: int = 256
+    """Side of the square frames in pixels."""
+    resize: Literal["short-side", "stretch"] = "short-side"
+    """"short-side": scale the short side, crop the centre. "stretch": ignore the proportions."""
+    codec: Literal["jpeg", "png"] = "jpeg"
+    """How frames are stored. PNG is lossless and several times larger."""
+    quality: int = DatasetSpec.jpeg_quality
+    """JPEG quality, 1 to 100."""
+    subsampling: Literal["444", "422", "420"] = DatasetSpec.jpeg_subsampling
+    """JPEG chroma subsampling."""
+    latents: str = BlockTransform.name
+    """"block-transform", which needs no weights; "sd-vae-ft-mse"; or a folder with the weights of such a VAE."""
+    clips_per_shard: int = 128
+    """Rows of the captions table that make one shard, and the work of one task."""
+    tasks: int = 0
+    """Tasks at a time. 0: as many as there are CPUs (GPUs, for the VAE)."""
+    address: str = ""
+    """Address of a Ray cluster. Empty: RAY_ADDRESS, and where that is not set this machine alone."""
+
+
+class PartWorker:
+    """Prepares parts in a Ray worker: as a task (an instance is the function) or as an actor (with the class)."""
+
+    def __init__(self, config: PrepareConfig, spec: DatasetSpec, device: str):
+        self.config, self.spec, self.device = config, spec, device
+        self.codec: LatentCodec | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One part in (batches have one row), one row of figures out.
+
+        A UserError travels as a value: as an exception it would arrive under pages of Ray's own traces.
+        """
+        index, rows = int(batch["part"][0]), [Row(**row) for row in json.loads(batch["rows"][0])]
+        result = {"clips": [0], "error": [""]}
+        try:
+            self.codec = self.codec or make_codec(self.config.latents, self.device)
+            part = parts.prepare_part(self.config.out, self.config.videos, index, rows, self.spec, self.codec)
+            result["clips"] = [part.file.rows if part.file else 0]
+        except UserError as error:
+            result["error"] = [str(error)]
+        return result
+
+
+def prepare(config: PrepareConfig) -> None:
+    """The whole command. Raises UserError; then what is complete stays, for the same command to continue."""
+    started = time.monotonic()
+    _check(config)
+    # absolute, because workers have a working directory of their own
+    videos, out = (path.expanduser().resolve() for path in (config.videos, config.out))
+    config = dataclasses.replace(config, videos=videos, out=out)
+    if Path(config.latents).is_dir():
+        config = dataclasses.replace(config, latents=str(Path(config.latents).resolve()))
+    captions, spec = Captions(config.captions.expanduser()), _spec(config)
+    settings = spec.to_json() | {
+        "clips_per_shard": config.clips_per_shard,
+        "captions_rows": len(captions),
+        "captions_sha256": sha256_file(config.captions.expanduser()),
+    }
+    parts.check_begun(out, settings)
+    manifest = parts.completed(out)
+    if manifest:
+        print(f"{out}: complete already, nothing to do", flush=True)
+    else:
+        with parts.exclusive(out):
+            parts.begin(out, settings)
+            num_parts = -(-len(captions) // config.clips_per_shard)
+            _prepare_parts(config, spec, captions, num_parts)
+            manifest = parts.finish(out, spec, num_parts, config.captions)
+    _print_summary(manifest, time.monotonic() - started)
+
+
+def _check(config: PrepareConfig) -> None:
+    least = {"num_frames": 1, "frame_size": 8, "clips_per_shard": 1, "tasks": 0, "quality": 1}
+    for name, least_value in least.items():
+        if getattr(config, name) < least_value:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {getattr(config, name)}; it must be at least {least_value}.")
+    if config.quality > 100:
+        raise UserError(f"--quality is {config.quality}; JPEG knows 1 to 100.")
+    if not config.videos.expanduser().is_dir():
+        raise UserError(f"--videos {config.videos}: no such folder.")
+
+
+def _spec(config: PrepareConfig) -> DatasetSpec:
+    codec = make_codec(config.latents, "cpu")  # missing weights show here, before anything starts
+    return DatasetSpec(
+        num_frames=config.num_frames,
+        frame_size=config.frame_size,
+        frame_codec=config.codec,
+        resize=config.resize,
+        latent_codec=codec.name,
+        latent_dtype=codec.dtype,
+        latent_shape=codec.shape(config.frame_size),
+        jpeg_quality=config.quality,
+        jpeg_subsampling=config.subsampling,
+    )
+
+
+def _prepare_parts(config: PrepareConfig, spec: DatasetSpec, captions: Captions, num_parts: int) -> None:
+    todo = [index for index in range(num_parts) if not parts.is_done(config.out, index)]
+    done = num_parts - len(todo)
+    if done:
+        print(f"continuing: {done} of {num_parts} parts are done", flush=True)
+    if not todo:
+        return
+    items = []
+    for index in todo:
+        rows = captions.rows(index * config.clips_per_shard, (index + 1) * config.clips_per_shard)
+        items.append({"part": index, "rows": json.dumps([dataclasses.asdict(row) for row in rows])})
+    with connect(address=config.address or None):
+        progress = Progress(num_parts, done)
+        for result in _results(config, spec, items):
+            if result["error"]:
+                raise UserError(result["error"])
+            progress.add(result["clips"])
+
+
+def _results(config: PrepareConfig, spec: DatasetSpec, items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Run all parts on the cluster: a row of figures for each, as it is done."""
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one block, so one task, a part
+    if config.latents == BlockTransform.name:
+        done = dataset.map_batches(
+            PartWorker(config, spec, "cpu"),
+            batch_size=1,
+            compute=ray.data.TaskPoolStrategy(size=config.tasks or None),
+            num_cpus=1,
+        )
+    else:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        workers = config.tasks or gpus or int(ray.cluster_resources()["CPU"])
+        done = dataset.map_batches(
+            PartWorker,
+            fn_constructor_args=(config, spec, "cuda" if gpus else "cpu"),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(workers, len(items))),
+            num_gpus=1 if gpus else 0,
+            num_cpus=1,
+        )
+    yield from done.iter_rows()
+
+
+class Progress:
+    """Lines such as `parts 12/80  1,530 clips  41.2 clips/s  ETA 3m20s`, one every few seconds."""
+
+    def __init__(self, num_parts: int, done: int):
+        self.num_parts, self.done, self.done_before, self.clips = num_parts, done, done, 0
+        self.started = self.printed = time.monotonic()
+
+    def add(self, clips: int) -> None:
+        self.done, self.clips = self.done + 1, self.clips + clips
+        now = time.monotonic()
+        if now - self.printed < PROGRESS_SECONDS and self.done < self.num_parts:
+            return
+        self.printed, elapsed = now, now - self.started
+        left = round(elapsed / (self.done - self.done_before) * (self.num_parts - self.done))
+        eta = f"{left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s"
+        rate = self.clips / elapsed
+        print(f"parts {self.done}/{self.num_parts}  {self.clips:,} clips  {rate:.1f} clips/s  ETA {eta}", flush=True)
+
+
+def _print_summary(manifest: Manifest, seconds: float) -> None:
+    rejects = parts.count_rejects(Path(manifest.root))
+    size = int(manifest.files["bytes"].to_numpy().sum())
+    rows = [("dataset", manifest.root), ("clips", f"{manifest.num_clips:,}"), ("rejected", f"{manifest.rejected:,}")]
+    rows += [(f"  {reason}", f"{count:,}") for reason, count in rejects.most_common()]
+    rows += [
+        ("shards", f"{manifest.files.num_rows:,}"),
+        ("bytes a clip", f"{size / manifest.num_clips:,.0f}"),
+        ("fingerprint", manifest.fingerprint),
+        ("seconds", f"{seconds:.1f}"),
+    ]
+    for name, value in rows:
+        print(f"{name:<18}{value}", flush=True)
+
+
+def main() -> None:
+    prepare(tyro.cli(PrepareConfig, prog="python -m ray_jobs.prepare"))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,125 @@
+"""What Ray Train runs on every rank: build or restore the state, join it to the ingest, train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from fvlm.batch import Batch
+from fvlm.config import Config
+from fvlm.data.collate import Collator
+from fvlm.data.plan import Plan
+from fvlm.data.read import ClipReader
+from fvlm.data.schema import Manifest
+from fvlm.data.text import CaptionTokenizer, load_tokenizer
+from fvlm.model.hub import build_model
+from fvlm.train.loop import Logger, Run, Saver, train
+from fvlm.train.metrics import Clock, Metrics
+from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, latest_checkpoint
+from fvlm.train.sinks import JsonLines, Sink, TrainLog, Wandb
+from fvlm.train.state import remove_leftovers
+from ray_jobs.cli import user_error
+from ray_jobs.ingest import rank_batches
+from ray_jobs.report import RayMetrics, report_checkpoint
+
+
+@ray.remote
+class Failures:
+    """Remembers why a rank gave up, so that no restart of the group tries the same in vain."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+
+    def record(self, reason: str) -> None:
+        self._reason = self._reason or reason
+
+    def reason(self) -> str | None:
+        return self._reason
+
+
+def train_rank(task: dict[str, Any]) -> None:
+    """What Ray Train runs on every rank."""
+    config, manifest, failures = task["config"], task["manifest"], task["failures"]
+    if ray.get(failures.reason.remote()):
+        return
+    try:
+        run_rank(config, manifest)
+    except Exception as error:
+        reason = user_error(error)
+        if reason is None:
+            raise
+        # Returning ends this rank's process group, which frees ranks that wait in a collective.
+        ray.get(failures.record.remote(str(reason)))
+
+
+def run_rank(config: Config, manifest: Manifest) -> None:
+    """Build or restore the run's state, join it to the ingest, train."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    run_dir = config.run_dir
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":  # Ray allows one thread a reserved CPU; decoding needs few of the others
+        torch.set_num_threads(config.scale.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    checkpoint = latest_checkpoint(run_dir)
+    run = make_run(config, manifest, device, checkpoint)
+    sinks: list[Sink] = make_sinks(config, run.step) if rank == 0 else []
+    if rank == 0:
+        remove_leftovers(run_dir / CHECKPOINTS)
+    announce(run, manifest, sinks, checkpoint, world)
+    logger = Logger(run, sinks)
+    reader = ClipReader(manifest, run.plan, config.data.num_frames)
+    collate = Collator(manifest.spec, CaptionTokenizer(
+        load_tokenizer(run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos))  # fmt: skip
+    batches: Iterator[Batch] = map(
+        collate, rank_batches(reader, config.data, rank, world, run.step, config.train.max_steps)
+    )
+    train(run, batches, [logger, Saver(run, run_dir / CHECKPOINTS, rank == 0, report_checkpoint)])
+    for sink in sinks:
+        sink.note(f"finished {run.step} steps in {run.clock.trained_s:.0f} s of training; "
+                  f"rank 0 cut {collate.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip
+        sink.close()
+
+
+def make_run(config: Config, manifest: Manifest, device: torch.device, checkpoint: Path | None) -> Run:
+    """The run as `checkpoint` left it, or at step 0."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
+    pretrained = checkpoint is None  # otherwise it has all weights
+    model = build_model(config.model, manifest.spec.latent_shape, config.train.seed, pretrained).to(device)
+    freeze_unreached(model, config)
+    optimizer = make_optimizer(model, config.optim)
+    run = Run(config, Plan.of_config(manifest, config), model, optimizer, Metrics(config.train.ratio_window), Clock())
+    if checkpoint:
+        run.restore(checkpoint)
+    return run
+
+
+def make_sinks(config: Config, step: int) -> list[Sink]:
+    sinks: list[Sink] = [TrainLog(config.run_dir, config.train.max_steps), JsonLines(config.run_dir, step)]
+    sinks.append(RayMetrics(config.run_name))
+    if config.log.wandb != "off":
+        sinks.append(Wandb(config))
+    return sinks
+
+
+def announce(run: Run, manifest: Manifest, sinks: list[Sink], checkpoint: Path | None, world: int) -> None:
+    """The first lines of a start: what, on what, from where."""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    plan = run.plan
+    lines = [
+        f"{run.config.run_name}: {parameters / 1e6:.1f} M parameters on {world} x {run.model.q_static.device.type}, "
+        f"{manifest.num_clips} clips, {plan.steps_per_epoch} steps an epoch; {plan.remainder} clips are left out "
+        "of each epoch, other ones each time",
+        f"resumed at step {run.step} from {checkpoint.name}" if checkpoint else "starting at step 0",
+    ]
+    for sink in sinks:
+        for line in lines:
+            sink.note(line)

@@ -1,0 +1,298 @@
+"""`python -m ray_jobs.submit PRESET [--key value ...]`: ray_jobs.train as a job of a running cluster, watched here."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import requests
+from ray.dashboard.modules.job.common import JobErrorType
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from fvlm import presets
+from fvlm.config import Config
+from fvlm.errors import UserError
+from ray_jobs.cli import run_command
+from ray_jobs.train import parse
+
+PROJECT = Path(__file__).resolve().parents[1]
+UPLOADED = ".rayignore"
+"""Says what of PROJECT travels to the cluster; `ray job submit --working-dir .` reads it too."""
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+TRIES = 4
+RETRY_S = 2.0
+SILENT_S = 60.0
+"""A log that says nothing for so long is asked for again: a dead connection looks the same."""
+LOST_S = 600.0
+"""How long an unreachable cluster is waited for."""
+STOPPED, INTERRUPTED = 143, 130
+LOST = (OSError, RuntimeError, aiohttp.ClientError)
+"""What Ray's client raises when a request fails; the errors of `requests` are OSErrors."""
+
+HELP = f"""
+exit code: 0 when the run is finished; 2 when the input was at fault, found here or by the job; {STOPPED} when the job
+was stopped; {INTERRUPTED} after Ctrl-C, which leaves the job running; otherwise the job's own.
+
+The same command continues a run that was stopped or failed. Relative paths are taken from this folder and have to
+exist, as they are then, on the cluster's nodes.
+
+Token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN); cluster/local/start.sh prints the lines.
+W&B: WANDB_API_KEY or `wandb login` belong on the cluster's nodes. Nothing of this shell's environment travels: whoever
+may list jobs can read what a job was given.
+"""
+
+
+def main() -> None:
+    """The command. Ends the process with the job's exit code."""
+    logging.disable(logging.WARNING)  # Ray's client tells of every upload and socket
+    own, training = arguments(sys.argv[1:])
+    config = absolute(parse(training))
+    client = connect(own.address)
+    with asking_for_token(client.get_address()):
+        for left in reversed(range(TRIES)):
+            job = submit(client, config, training)
+            print(f"{job}: submitted to {client.get_address()}\n{hints(client, job)}", flush=True)
+            if own.no_wait:
+                return
+            end = watch(client, job)
+            # The cluster drops uploaded code when the last job that used it ends: also between our finding it there
+            # and our job's start. The next try uploads it.
+            if end.error_type != JobErrorType.RUNTIME_ENV_SETUP_FAILURE or left == 0:
+                break
+            print(f"{job}: {end.status}: the cluster could not set up its code; submitting it again", flush=True)
+            time.sleep(RETRY_S)
+    print(outcome(end), flush=True)
+    sys.exit(exit_code(end))
+
+
+def arguments(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and the rest, which is ray_jobs.train's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ray_jobs.submit",
+        usage="%(prog)s PRESET [--key value ...] [--address URL] [--no-wait]",
+        description="Submit `python -m ray_jobs.train PRESET [--key value ...]` to a Ray cluster and follow it.\n"
+        f"Presets: {', '.join(presets.PRESETS)}. `PRESET --help` lists the keys.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--address", default=default_address(), metavar="URL", help="of the dashboard; %(default)s")
+    parser.add_argument("--no-wait", action="store_true", help="return as soon as the job is submitted")
+    own, training = parser.parse_known_args(args)
+    if not training or training[0] in ("-h", "--help"):
+        parser.print_help()
+        sys.exit(0 if training else 2)
+    return own, training
+
+
+def default_address() -> str:
+    """As Ray's own job commands choose it."""
+    return os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
+
+
+def absolute(config: Config) -> Config:
+    """The config with paths that mean the same in the job, which runs in a temporary copy of the code."""
+    if not config.data.path:
+        raise UserError("--data.path is missing: the folder of a prepared dataset, as the cluster's nodes see it.")
+    data = dataclasses.replace(config.data, path=str(Path(config.data.path).expanduser().absolute()))
+    return dataclasses.replace(config, data=data, runs_dir=str(Path(config.runs_dir).expanduser().absolute()))
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """Raises UserError when no cluster answers at `address`, or when it does not let us in."""
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"the address {address} is not that of a dashboard, which begins with http:// or https://.")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client lets this variable and RAY_ADDRESS overrule us
+    with asking_for_token(address):
+        try:
+            return JobSubmissionClient(address)
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster answers at {address}. Start one (cluster/local/start.sh makes this machine one), "
+                "or give the address of its dashboard with --address."
+            ) from error
+        except (RuntimeError, KeyError, requests.RequestException) as error:
+            raise UserError(f"what answers at {address} is not the dashboard of a Ray cluster ({error}).") from error
+
+
+@contextlib.contextmanager
+def asking_for_token(address: str) -> Iterator[None]:
+    """Turns Ray's AuthenticationError into a UserError that names the variable to set."""
+    try:
+        yield
+    except AuthenticationError as error:
+        names = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+        if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+            cure = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with its token"
+        elif names:
+            cure = f"{names[0]} does not hold its token: correct it"
+        else:
+            cure = "Set RAY_AUTH_TOKEN_PATH to the file with its token, or RAY_AUTH_TOKEN to the token itself"
+        raise UserError(
+            f"the cluster at {address} asks for a token. {cure}; cluster/local/start.sh prints what its cluster needs."
+        ) from error
+
+
+def submit(client: JobSubmissionClient, config: Config, args: list[str]) -> str:
+    """Submit the next attempt of the run and return its submission id.
+
+    Raises UserError when an attempt of the run is under way.
+    """
+    if not (PROJECT / UPLOADED).is_file():
+        raise UserError(f"{PROJECT} has no {UPLOADED}: this is not the project's folder. Submit from a checkout of it.")
+    for left in reversed(range(TRIES)):
+        try:
+            job = next_attempt(client, config)
+            return client.submit_job(
+                entrypoint=entrypoint(config, args),
+                submission_id=job,
+                # A node remembers for ten minutes that an environment could not be set up; so each has its own.
+                runtime_env={"working_dir": str(PROJECT), "env_vars": ENVIRONMENT | {"FVLM_JOB": job}},
+                metadata=metadata(config),
+            )
+        except RuntimeError:  # the id was taken a moment ago, or the cluster is not ready yet
+            if left == 0:
+                raise
+            time.sleep(RETRY_S)
+    raise AssertionError
+
+
+def next_attempt(client: JobSubmissionClient, config: Config) -> str:
+    """`<run>-a<attempt>`: a submission id can be used once."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run_name)  # it becomes part of URLs and file names
+    attempts = [0]
+    for job in client.list_jobs():
+        if (job.metadata or {}).get("run_dir") == run_dir(config) and not job.status.is_terminal():
+            raise UserError(
+                f"run {config.run_name} is under way: job {job.submission_id} is {job.status}.\n"
+                + hints(client, str(job.submission_id))
+            )
+        if match := re.fullmatch(re.escape(name) + r"-a(\d+)", job.submission_id or ""):
+            attempts.append(int(match[1]))
+    return f"{name}-a{max(attempts) + 1}"
+
+
+def entrypoint(config: Config, args: list[str]) -> str:
+    """The command of the job. A later option overrides an earlier one."""
+    paths = ["--data.path", config.data.path, "--runs-dir", config.runs_dir]
+    return shlex.join(["python", "-m", "ray_jobs.train", *args, *paths])
+
+
+def run_dir(config: Config) -> str:
+    """As the job will see it; links are followed there, not here."""
+    return str(Path(config.runs_dir) / config.run_name)
+
+
+def metadata(config: Config) -> dict[str, str]:
+    """What the dashboard shows of the job, and what tells attempts of a run from other jobs."""
+    known = {
+        "run": config.run_name,
+        "run_dir": run_dir(config),
+        "preset": config.preset,
+        "config": hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest()[:12],
+        "commit": commit(),
+    }
+    return {key: value for key, value in known.items() if value}
+
+
+def commit() -> str:
+    """Of the code that travels, with -dirty when it was changed since; '' outside a git checkout."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def watch(client: JobSubmissionClient, job: str) -> JobDetails:
+    """Print the job's log until it ends, across lost connections. Raises UserError when the cluster stays away."""
+    log, reached = Log(client, job), time.monotonic()
+    while True:
+        try:
+            asyncio.run(log.show())
+            info = client.get_job_info(job)
+            reached = time.monotonic()
+            if info.status.is_terminal():
+                return info
+        except KeyboardInterrupt:
+            print(f"\n{job} goes on.\n{hints(client, job)}", flush=True)
+            sys.exit(INTERRUPTED)
+        except LOST as error:
+            if "status code 404" in str(error):
+                raise UserError(
+                    f"the cluster at {client.get_address()} no longer knows {job}; it was started anew. "
+                    "Submit the same command again to continue the run."
+                ) from error
+            if time.monotonic() - reached > LOST_S:
+                raise UserError(
+                    f"no answer from {client.get_address()} for {LOST_S:.0f} s ({error}). {job} may still be running.\n"
+                    + hints(client, job)
+                ) from error
+            print(f"{job}: connection lost ({error}); trying again", file=sys.stderr, flush=True)
+        time.sleep(RETRY_S)
+
+
+class Log:
+    """A job's log on this terminal, every line once."""
+
+    def __init__(self, client: JobSubmissionClient, job: str):
+        self._client, self._job, self._printed = client, job, 0
+
+    async def show(self) -> None:
+        """Print what was not printed yet, until the job ends, its log falls silent, or the connection breaks."""
+        skip = self._printed  # a new connection starts from the log's beginning
+        pieces = self._client.tail_job_logs(self._job)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(SILENT_S):
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    return
+                new, skip = piece[skip:], max(0, skip - len(piece))
+                print(new, end="", flush=True)
+                self._printed += len(new)
+
+
+def hints(client: JobSubmissionClient, job: str) -> str:
+    return (
+        f"  follow it: ray job logs --address {client.get_address()} --follow {job}\n"
+        f"  stop it:   ray job stop --address {client.get_address()} {job}"
+    )
+
+
+def outcome(info: JobDetails) -> str:
+    """The last line. A job whose command never ran or did not return says why itself."""
+    if info.status == JobStatus.FAILED and info.driver_exit_code is None:
+        return f"{info.submission_id}: {info.status}: {info.message}"
+    return f"{info.submission_id}: {info.status}"
+
+
+def exit_code(info: JobDetails) -> int:
+    """0, the driver's own code (128 + n where signal n killed it), STOPPED, or 1 where the driver never ended."""
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    if info.status == JobStatus.STOPPED:
+        return STOPPED
+    code = info.driver_exit_code if info.driver_exit_code is not None else 1
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    run_command(main)

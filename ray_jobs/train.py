@@ -1,0 +1,184 @@
+"""`python -m ray_jobs.train PRESET [--key value ...]`: start a run, or go on with it. There is no resume flag."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import ray
+import ray.train
+import tyro
+from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfig is at run time, with its type
+
+from fvlm import presets
+from fvlm.config import Config, validate
+from fvlm.convert.legacy_checkpoint import import_run
+from fvlm.data.plan import Plan
+from fvlm.data.schema import Manifest
+from fvlm.data.shards import check_shards, read_manifest
+from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
+from fvlm.errors import UserError
+from fvlm.model.hub import vocabulary_size
+from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, finished_steps, latest_checkpoint, open_run
+from fvlm.train.sinks import TRAIN_LOG
+from ray_jobs.cli import run_command
+from ray_jobs.cluster import connect
+from ray_jobs.rank import Failures, train_rank
+
+CAPTIONS_FOR_TOKENIZER = 100_000
+
+
+def main() -> None:
+    """The command: parse, check everything that can be checked, then train on Ray."""
+    config = parse()
+    manifest = prepare_run(config)
+    run_dir, steps = config.run_dir, config.train.max_steps
+    if finished_steps(run_dir) >= steps:
+        print(f"{config.run_name} is finished: {finished_steps(run_dir)} of {steps} steps. Nothing to do.\n{run_dir}")
+        return
+    print(config.describe(), flush=True)
+    with connect(), follow(run_dir / TRAIN_LOG):
+        fit(config, manifest)
+    print(f"{config.run_name}: finished {steps} steps. Checkpoint: {latest_checkpoint(run_dir)}", flush=True)
+
+
+def parse(args: list[str] | None = None) -> Config:
+    """The preset with its overrides. An unknown or ill-typed key ends the process with code 2 and the nearest name."""
+    choices = {name: ((preset.__doc__ or "").split("\n")[0], preset()) for name, preset in presets.PRESETS.items()}
+    return validate(tyro.extras.overridable_config_cli(choices, args=args, prog="python -m ray_jobs.train"))
+
+
+def prepare_run(config: Config) -> Manifest:
+    """Everything that can fail before a GPU is taken: dataset, plan, run folder, tokenizer. Raises UserError."""
+    for key, value in (("--data.path", config.data.path), ("--runs-dir", config.runs_dir)):
+        if in_job_copy() and not Path(value).expanduser().is_absolute():
+            raise UserError(f"{key} {value!r} is relative, but a submitted job runs in a temporary copy of the code; "
+                            "what it wrote there would be lost. Give an absolute path that all nodes see.")  # fmt: skip
+    if not config.data.path:
+        raise UserError(
+            "--data.path is missing: the folder of a prepared dataset (`python -m ray_jobs.prepare --help`)."
+        )
+    manifest = read_manifest(Path(config.data.path).expanduser().resolve())
+    check_dataset(config, manifest)
+    Plan.of_config(manifest, config)  # a dataset that does not fill one batch is an error here
+    check_shards(manifest)
+    run_dir = open_run(config, manifest)
+    make_tokenizer(config, manifest, run_dir / TOKENIZER)
+    if config.import_checkpoint and latest_checkpoint(run_dir) is None:
+        import_run(Path(config.import_checkpoint).expanduser(), config, manifest, run_dir / CHECKPOINTS)
+    return manifest
+
+
+def check_dataset(config: Config, manifest: Manifest) -> None:
+    spec, data = manifest.spec, config.data
+    if spec.frame_size != data.frame_size:
+        raise UserError(
+            f"{manifest.root} holds frames of {spec.frame_size} px; the config wants {data.frame_size}. "
+            f"Use --data.frame-size {spec.frame_size}, or prepare the videos at {data.frame_size}."
+        )
+    if spec.num_frames < data.num_frames:
+        raise UserError(
+            f"{manifest.root} holds {spec.num_frames} frames a clip; the config wants {data.num_frames}. "
+            f"Use --data.num-frames {spec.num_frames} or less, or prepare with more."
+        )
+
+
+def make_tokenizer(config: Config, manifest: Manifest, folder: Path) -> None:
+    """Once a run: the language model's own tokenizer, or one trained on the captions where the model is random."""
+    if folder.exists():
+        return
+    if config.model.init == "hub":
+        save_tokenizer(hub_tokenizer(config.model.language), folder)
+        return
+    save_tokenizer(train_tokenizer(captions(manifest), vocabulary_size(config.model)), folder)
+
+
+def captions(manifest: Manifest) -> Iterator[str]:
+    """The captions of the dataset, in file order, at most CAPTIONS_FOR_TOKENIZER."""
+    left = CAPTIONS_FOR_TOKENIZER
+    for name in manifest.files["name"].to_pylist():
+        if left <= 0:
+            return
+        column = pq.read_table(Path(manifest.root) / name, columns=["caption"])["caption"][:left]
+        left -= len(column)
+        yield from column.to_pylist()
+
+
+def fit(config: Config, manifest: Manifest) -> None:
+    """Train on the connected cluster. Raises UserError when the run stopped for a reason that is the user's to mend."""
+    run_dir = config.run_dir
+    use_gpu = config.scale.device == "cuda" or (
+        config.scale.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    )
+    failures = Failures.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"config": config, "manifest": manifest, "failures": failures},
+        scaling_config=ScalingConfig(
+            num_workers=config.scale.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            # A name of its own for every start: Ray's record of an earlier one, whole or damaged, plays no part.
+            name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=config.scale.max_failures, controller_failure_limit=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        reason = ray.get(failures.reason.remote())
+        raise UserError(reason) if reason else error from error
+    reason = ray.get(failures.reason.remote())
+    if reason:
+        raise UserError(reason)
+
+
+def in_job_copy() -> bool:
+    """Whether this process runs in the working directory that Ray unpacked for a job."""
+    return re.search(r"/runtime_resources/working_dir_files/", str(Path.cwd())) is not None
+
+
+class follow:
+    """Print what is appended to a log while the block lasts: the run's own lines, without Ray's prefixes."""
+
+    def __init__(self, path: Path):
+        self._path, self._stop = path, threading.Event()
+        self._from = path.stat().st_size if path.exists() else 0
+
+    def __enter__(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.5):
+            self._print()
+        self._print()
+
+    def _print(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open() as f:
+            f.seek(self._from)
+            text = f.read()
+        whole = text[: text.rfind("\n") + 1]
+        self._from += len(whole.encode())
+        print(whole, end="", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
