@@ -7,16 +7,19 @@ groups once and streams one block a step, so a block is a batch. The executor ru
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import ray
 import ray.data
 from ray.data import DataContext
 
-from fvlm.config import DataConfig
+from fvlm.config import Config, DataConfig
 from fvlm.data.read import ClipReader, RawBatch
 
 CHAPTER_WINDOWS = 512
@@ -40,6 +43,22 @@ def rank_batches(
         wanted = chapter[-1][1] - chapter[0][0]
         if delivered != wanted:
             raise RuntimeError(f"Ray Data delivered {delivered} steps of rank {rank} where the plan has {wanted}")
+
+
+def cpus_needed(config: Config) -> int:
+    """CPUs without which a run would wait for ever: every rank's own, and one for each of its ingest tasks."""
+    return math.ceil(config.scale.workers * (config.scale.cpus_per_worker + max(1, config.data.decode_tasks)))
+
+
+def with_tasks_shared_out(config: Config) -> DataConfig:
+    """The data section with the number of one rank's ingest tasks in it.
+
+    Every rank gets CPUs of its own. Were they common, the tasks of one rank, held up until its batches are taken, could
+    keep all of them while that rank waits in a collective for another one, which would never get its batch.
+    """
+    scale = config.scale
+    free = ray.cluster_resources().get("CPU", 0) - scale.workers * scale.cpus_per_worker
+    return dataclasses.replace(config.data, decode_tasks=config.data.decode_tasks or max(1, int(free // scale.workers)))
 
 
 def _stream(
@@ -84,4 +103,5 @@ def _read_window(
 ) -> Iterator[dict[str, Any]]:
     """A task: `ids["id"]` says which window."""
     for index in ids["id"]:
-        yield from reader.read(*windows[int(index)], rank, world)
+        # Ray copies a block into the object store before it asks for the next, so memory can be used again.
+        yield from reader.read(*windows[int(index)], rank, world, reuse=True)

@@ -27,7 +27,7 @@ from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, latest_checkpoint
 from fvlm.train.sinks import JsonLines, Sink, TrainLog, Wandb
 from fvlm.train.state import remove_leftovers
 from ray_jobs.cli import user_error
-from ray_jobs.ingest import rank_batches
+from ray_jobs.ingest import rank_batches, with_tasks_shared_out
 from ray_jobs.report import RayMetrics, report_checkpoint
 
 
@@ -79,7 +79,7 @@ def run_rank(config: Config, manifest: Manifest) -> None:
     collate = Collator(manifest.spec, CaptionTokenizer(
         load_tokenizer(run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos))  # fmt: skip
     batches: Iterator[Batch] = map(
-        collate, rank_batches(reader, config.data, rank, world, run.step, config.train.max_steps)
+        collate, rank_batches(reader, with_tasks_shared_out(config), rank, world, run.step, config.train.max_steps)
     )
     train(run, batches, [logger, Saver(run, run_dir / CHECKPOINTS, rank == 0, report_checkpoint)])
     for sink in sinks:

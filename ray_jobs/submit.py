@@ -29,7 +29,7 @@ from fvlm import presets
 from fvlm.config import Config
 from fvlm.errors import UserError
 from ray_jobs.cli import run_command
-from ray_jobs.train import parse
+from ray_jobs.options import parse
 
 PROJECT = Path(__file__).resolve().parents[1]
 UPLOADED = ".rayignore"
@@ -63,7 +63,7 @@ def main() -> None:
     """The command. Ends the process with the job's exit code."""
     logging.disable(logging.WARNING)  # Ray's client tells of every upload and socket
     own, training = arguments(sys.argv[1:])
-    config = absolute(parse(training))
+    config = absolute(parse(training, prog="python -m ray_jobs.submit"))
     client = connect(own.address)
     with asking_for_token(client.get_address()):
         for left in reversed(range(TRIES)):
@@ -112,8 +112,13 @@ def absolute(config: Config) -> Config:
     """The config with paths that mean the same in the job, which runs in a temporary copy of the code."""
     if not config.data.path:
         raise UserError("--data.path is missing: the folder of a prepared dataset, as the cluster's nodes see it.")
-    data = dataclasses.replace(config.data, path=str(Path(config.data.path).expanduser().absolute()))
-    return dataclasses.replace(config, data=data, runs_dir=str(Path(config.runs_dir).expanduser().absolute()))
+    data = dataclasses.replace(config.data, path=_absolute(config.data.path))
+    runs_dir, imported = _absolute(config.runs_dir), _absolute(config.import_checkpoint)
+    return dataclasses.replace(config, data=data, runs_dir=runs_dir, import_checkpoint=imported)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -193,6 +198,8 @@ def next_attempt(client: JobSubmissionClient, config: Config) -> str:
 def entrypoint(config: Config, args: list[str]) -> str:
     """The command of the job. A later option overrides an earlier one."""
     paths = ["--data.path", config.data.path, "--runs-dir", config.runs_dir]
+    if config.import_checkpoint:
+        paths += ["--import-checkpoint", config.import_checkpoint]
     return shlex.join(["python", "-m", "ray_jobs.train", *args, *paths])
 
 

@@ -12,13 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import ray
 import ray.train
-import tyro
 from ray.train import CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfig is at run time, with its type
 
-from fvlm import presets
-from fvlm.config import Config, validate
+from fvlm.config import Config
 from fvlm.convert.legacy_checkpoint import import_run
 from fvlm.data.plan import Plan
 from fvlm.data.schema import Manifest
@@ -30,6 +28,8 @@ from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, finished_steps, latest
 from fvlm.train.sinks import TRAIN_LOG
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
+from ray_jobs.ingest import cpus_needed
+from ray_jobs.options import parse
 from ray_jobs.rank import Failures, train_rank
 
 CAPTIONS_FOR_TOKENIZER = 100_000
@@ -44,15 +44,9 @@ def main() -> None:
         print(f"{config.run_name} is finished: {finished_steps(run_dir)} of {steps} steps. Nothing to do.\n{run_dir}")
         return
     print(config.describe(), flush=True)
-    with connect(), follow(run_dir / TRAIN_LOG):
+    with connect(num_cpus=max(os.cpu_count() or 1, cpus_needed(config))), follow(run_dir / TRAIN_LOG):
         fit(config, manifest)
     print(f"{config.run_name}: finished {steps} steps. Checkpoint: {latest_checkpoint(run_dir)}", flush=True)
-
-
-def parse(args: list[str] | None = None) -> Config:
-    """The preset with its overrides. An unknown or ill-typed key ends the process with code 2 and the nearest name."""
-    choices = {name: ((preset.__doc__ or "").split("\n")[0], preset()) for name, preset in presets.PRESETS.items()}
-    return validate(tyro.extras.overridable_config_cli(choices, args=args, prog="python -m ray_jobs.train"))
 
 
 def prepare_run(config: Config) -> Manifest:
@@ -117,6 +111,7 @@ def fit(config: Config, manifest: Manifest) -> None:
     use_gpu = config.scale.device == "cuda" or (
         config.scale.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
+    check_resources(config, use_gpu)
     failures = Failures.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         train_rank,
@@ -142,6 +137,18 @@ def fit(config: Config, manifest: Manifest) -> None:
     reason = ray.get(failures.reason.remote())
     if reason:
         raise UserError(reason)
+
+
+def check_resources(config: Config, use_gpu: bool) -> None:
+    """Ray waits without a word for what a cluster lacks: say so. A cluster of ours will not grow: raise UserError."""
+    has = ray.cluster_resources()
+    for name, needed in (("CPU", cpus_needed(config)), ("GPU", config.scale.workers if use_gpu else 0)):
+        if has.get(name, 0) >= needed:
+            continue
+        lack = f"{config.scale.workers} workers need {needed} {name}s, and the cluster has {has.get(name, 0):g}"
+        if os.environ.get("RAY_ADDRESS", "local") == "local":
+            raise UserError(f"{lack}. Use fewer --scale.workers, or --scale.device cpu.")
+        print(f"{lack}: waiting until it has more.", flush=True)
 
 
 def in_job_copy() -> bool:

@@ -36,7 +36,7 @@ class Row:
 
 
 class Captions:
-    """The table, as Arrow columns: 10 million rows take about 2 GB, and `Row`s exist only where they are asked for.
+    """The table, as Arrow columns, so that millions of rows fit; `Row`s exist only where they are asked for.
 
     Raises UserError when the file cannot be read, has no rows or lacks a column.
     """

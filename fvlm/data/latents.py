@@ -112,7 +112,7 @@ class BlockTransform:
         t, size = frames.shape[:2]
         _, h, w = self.shape(size)
         blocks = frames.reshape(t, h, 8, w, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(t, h, w, 192)
-        # einsum, not matmul: a BLAS sums in an order of its own, and equal inputs shall give equal bytes anywhere
+        # einsum, not matmul: a BLAS sums in an order that varies with its threads; equal clips shall give equal bytes
         latents = np.einsum("thwp,kp->tkhw", blocks / np.float32(127.5) - 1, self.basis, optimize=False)
         return to_bits(latents / self.scale[:, None, None], self.dtype)
 
@@ -133,7 +133,7 @@ class AutoencoderKLCodec:
 
     dtype: LatentDtype = "bfloat16"
     FRAMES_AT_ONCE = 8
-    """Of 256 x 256 pixels they take about 2 GB inside the VAE."""
+    """Bounds the memory that the VAE takes, whatever the length of a clip."""
 
     def __init__(self, weights: str = "stabilityai/sd-vae-ft-mse", device: str = "cpu"):
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ frames  [B, T, H, W, 3] uint8      latents  [B, T, C, h, w] int16, the bits of t
 caption [B] strings                clip_id  [B] strings
 """
 
+RING = 3
+"""Buffers that `read(reuse=True)` goes round: one is decoded into, one is handed out, one may still be copied from."""
+
 
 @dataclass(frozen=True)
 class ClipReader:
@@ -41,41 +45,57 @@ class ClipReader:
         """[T]: which of the stored frames are used; the same for every clip."""
         return even_steps(self.manifest.spec.num_frames, self.num_frames)
 
-    def read(self, lo: int, hi: int, rank: int = 0, world: int = 1) -> Iterator[RawBatch]:
+    def read(
+        self, lo: int, hi: int, rank: int = 0, world: int = 1, threads: int = 1, reuse: bool = False
+    ) -> Iterator[RawBatch]:
         """One RawBatch for every step in [lo, hi), which must lie inside one window.
 
-        Each row group is read once and held compressed while the window lasts; one step is decoded at a time.
+        Each row group is read once and held compressed while the window lasts. Decoding runs one step ahead, on
+        `threads` threads (libjpeg-turbo works without the interpreter's lock).
+
+        reuse: a batch is good only until the one after the next is asked for, because its memory is decoded into
+        again. Fresh memory costs as much as decoding: the kernel has to clear and map every page of it.
+
         Raises UserError naming shard, row group, row and clip when something is damaged.
         """
         groups, rows = self.plan.rows(lo, hi, rank, world)  # [steps, B] each
-        tables = {int(group): self._row_group(int(group)) for group in np.unique(groups)}
-        for step_groups, step_rows in zip(groups, rows, strict=True):
-            yield self._decode([(tables[int(g)], int(g), int(r)) for g, r in zip(step_groups, step_rows, strict=True)])
+        tables = {group: self._row_group(group) for group in np.unique(groups).tolist()}
+        with ThreadPoolExecutor(threads) as pool:
+            ahead: tuple[RawBatch, list[Future[None]]] | None = None
+            for step, (step_groups, step_rows) in enumerate(zip(groups.tolist(), rows.tolist(), strict=True)):
+                places = list(zip(step_groups, step_rows, strict=True))
+                frames, latents = self._buffers(len(places), step % RING if reuse else None)
+                decoding = [
+                    pool.submit(self._decode, tables[g], g, r, frames[b], latents[b]) for b, (g, r) in enumerate(places)
+                ]
+                if ahead:
+                    yield _finished(*ahead)
+                texts = {key: [tables[g][key][r].as_py() for g, r in places] for key in ("caption", "clip_id")}
+                ahead = {"frames": frames, "latents": latents} | texts, decoding
+            if ahead:
+                yield _finished(*ahead)
 
-    def _decode(self, clips: list[tuple[pa.Table, int, int]]) -> RawBatch:
-        spec, indices = self.manifest.spec, self.frame_indices
-        size = spec.frame_size
-        frames = np.empty((len(clips), len(indices), size, size, 3), np.uint8)
-        latents = np.empty((len(clips), len(indices), *spec.latent_shape), np.int16)
-        for b, (table, group, row) in enumerate(clips):
-            for t, index in enumerate(indices):
-                image = memoryview(table[frame_column(index)][row].as_buffer()).cast("B")  # Arrow's bytes are signed
-                try:
-                    decode_frame(image, frames[b, t], spec)
-                except (ValueError, OSError) as error:
-                    path, local = self._locate(group)
-                    raise UserError(
-                        f"{path}: row group {local}, row {row}, clip {table['clip_id'][row].as_py()!r}, frame {index}: "
-                        f"cannot be decoded ({error}). Restore the shard from a copy."
-                    ) from error
-                raw = np.frombuffer(table[latent_column(index)][row].as_buffer(), np.int16)
-                latents[b, t] = raw.reshape(spec.latent_shape)
-        return {
-            "frames": frames,
-            "latents": latents,
-            "caption": [table["caption"][row].as_py() for table, _, row in clips],
-            "clip_id": [table["clip_id"][row].as_py() for table, _, row in clips],
-        }
+    def _buffers(self, b: int, slot: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Memory for one batch: fresh, or this process's own number `slot`."""
+        spec, t = self.manifest.spec, self.num_frames
+        shapes = ((b, t, spec.frame_size, spec.frame_size, 3), (b, t, *spec.latent_shape))
+        return _allocate(*shapes) if slot is None else _ring(*shapes)[slot]
+
+    def _decode(self, table: pa.Table, group: int, row: int, frames: np.ndarray, latents: np.ndarray) -> None:
+        """One clip into `frames` [T, H, W, 3] and `latents` [T, C, h, w]."""
+        spec = self.manifest.spec
+        for t, index in enumerate(self.frame_indices):
+            image = memoryview(table[frame_column(index)][row].as_buffer()).cast("B")  # Arrow's bytes are signed
+            try:
+                decode_frame(image, frames[t], spec)
+            except (ValueError, OSError) as error:
+                path, local = self._locate(group)
+                raise UserError(
+                    f"{path}: row group {local}, row {row}, clip {table['clip_id'][row].as_py()!r}, frame {index}: "
+                    f"cannot be decoded ({error}). Restore the shard from a copy."
+                ) from error
+            raw = np.frombuffer(table[latent_column(index)][row].as_buffer(), np.int16)
+            latents[t] = raw.reshape(spec.latent_shape)
 
     def _row_group(self, group: int) -> pa.Table:
         path, local = self._locate(group)
@@ -86,6 +106,21 @@ class ClipReader:
         starts = _first_row_groups(self.manifest.fingerprint, self.manifest)
         file = int(np.searchsorted(starts, group, side="right")) - 1
         return Path(self.manifest.root) / self.manifest.files["name"][file].as_py(), group - int(starts[file])
+
+
+def _finished(batch: RawBatch, decoding: list[Future[None]]) -> RawBatch:
+    for clip in decoding:
+        clip.result()
+    return batch
+
+
+def _allocate(frames: tuple[int, ...], latents: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    return np.empty(frames, np.uint8), np.empty(latents, np.int16)
+
+
+@functools.lru_cache(maxsize=1)
+def _ring(frames: tuple[int, ...], latents: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [_allocate(frames, latents) for _ in range(RING)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ RejectReason = Literal["missing", "damaged", "too few frames"]
 
 # libswscale scales and converts to RGB in one pass, straight from the decoder's planes (8 or 10 bits, any chroma);
 # Pillow would need a full-size RGB picture first. Its bicubic filter widens with the scale: shrinking does not alias.
-# The other flags make its result the same to the bit on every machine, which a dataset with a fingerprint needs.
+# The other flags ask for a result that does not depend on the processor, which a dataset with a fingerprint needs.
 SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 
 

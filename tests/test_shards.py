@@ -1,0 +1,257 @@
+"""A shard appears whole or not at all, and a wrong byte in one is an error, never data."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fvlm.data.decode import decode_clips, encode_frame
+from fvlm.data.schema import DatasetSpec, EncodedClip, Manifest, frame_column, latent_column
+from fvlm.data.shards import ShardWriter, check_shards, open_shard, read_manifest, read_rows, write_manifest
+from fvlm.errors import UserError
+
+SPEC = DatasetSpec(
+    num_frames=6,
+    frame_size=32,
+    frame_codec="png",
+    resize="short-side",
+    latent_codec="block-transform",
+    latent_dtype="float16",
+    latent_shape=(4, 4, 4),
+    rows_per_row_group=4,
+)
+
+
+def make_clip(index: int, spec: DatasetSpec = SPEC) -> tuple[EncodedClip, np.ndarray]:
+    """A clip of noise, and its frames [T, S, S, 3]."""
+    random = np.random.default_rng(index)
+    frames = random.integers(0, 256, (spec.num_frames, spec.frame_size, spec.frame_size, 3), dtype=np.uint8)
+    latents = random.integers(0, 256, (spec.num_frames, spec.latent_bytes), dtype=np.uint8)
+    encoded = [encode_frame(frame, spec) for frame in frames]
+    return EncodedClip(f"clip-{index}", f"caption {index}: é", encoded, latents, {"row": index}), frames
+
+
+def write_dataset(root: Path, spec: DatasetSpec = SPEC, shards: int = 2, clips: int = 10) -> Manifest:
+    files = []
+    for number in range(shards):
+        with ShardWriter(root / f"shard-{number:05d}.parquet", spec) as writer:
+            for index in range(clips):
+                writer.add(make_clip(number * clips + index, spec)[0])
+        assert writer.file
+        files.append(writer.file)
+    return write_manifest(root, spec, files, rejected=0)
+
+
+def read_all(root: Path) -> None:
+    """Read every row group of every shard, as an epoch of training does."""
+    manifest = read_manifest(root)
+    for name in manifest.files["name"].to_pylist():
+        shard = open_shard(root / name, manifest.spec)
+        for group in range(shard.num_row_groups):
+            read_rows(shard, root / name, group, range(manifest.spec.num_frames))
+
+
+def test_what_is_read_is_what_was_written_to_the_bit(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path)
+    assert manifest.num_clips == 20 and manifest.row_group_rows.tolist() == [4, 4, 2, 4, 4, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "files.parquet", "manifest.json", "shard-00000.parquet", "shard-00001.parquet",
+    ]  # fmt: skip
+    path = tmp_path / "shard-00001.parquet"
+    table = read_rows(open_shard(path, SPEC), path, 2, [1, 4])
+    assert table["clip_id"].to_pylist() == ["clip-18", "clip-19"]
+    assert table["caption"].to_pylist() == ["caption 18: é", "caption 19: é"]
+    decoded = np.empty((2, 2, 32, 32, 3), np.uint8)
+    decode_clips([table[frame_column(t)].to_pylist() for t in (1, 4)], decoded, SPEC)
+    for row, index in enumerate((18, 19)):
+        clip, frames = make_clip(index)
+        assert np.array_equal(decoded[row], frames[[1, 4]])
+        for t in (1, 4):
+            assert table[latent_column(t)][row].as_py() == clip.latents[t].tobytes()
+
+
+def test_the_same_clips_make_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, two = write_dataset(tmp_path / "a"), write_dataset(tmp_path / "b")
+    assert one.fingerprint == two.fingerprint
+    other = dataclasses.replace(SPEC, rows_per_row_group=5)
+    (tmp_path / "c").mkdir()
+    assert write_dataset(tmp_path / "c", other).fingerprint != one.fingerprint
+
+
+def test_an_exception_while_writing_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="stop"), ShardWriter(tmp_path / "shard-00000.parquet", SPEC) as writer:
+        for index in range(6):
+            writer.add(make_clip(index)[0])
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _write_then_die(old: Path, new: Path) -> None:
+    with ShardWriter(old, SPEC) as first, ShardWriter(new, SPEC) as second:
+        for index in range(6):
+            first.add(make_clip(index)[0])
+            second.add(make_clip(index)[0])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_writer_killed_in_the_middle_leaves_no_shard_and_keeps_the_old_one(tmp_path: Path) -> None:
+    write_dataset(tmp_path, shards=1)
+    old, new = tmp_path / "shard-00000.parquet", tmp_path / "shard-00001.parquet"
+    before = old.read_bytes()
+    process = multiprocessing.get_context("spawn").Process(target=_write_then_die, args=(old, new))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert old.read_bytes() == before and not new.exists()
+    assert [path.name[:5] for path in tmp_path.iterdir() if path.name.startswith(".")] == [".tmp-", ".tmp-"]
+
+
+def test_a_clip_of_another_shape_is_refused(tmp_path: Path) -> None:
+    clip, _ = make_clip(0)
+    for wrong in (
+        dataclasses.replace(clip, frames=clip.frames[:-1]),
+        dataclasses.replace(clip, latents=clip.latents[:, :-2]),
+        dataclasses.replace(clip, latents=clip.latents.astype(np.float32)),
+    ):
+        with pytest.raises(ValueError, match="clip-0"), ShardWriter(tmp_path / "s.parquet", SPEC) as writer:
+            writer.add(wrong)
+
+
+def test_a_flipped_byte_anywhere_in_the_data_names_the_file_and_the_row_group(tmp_path: Path) -> None:
+    write_dataset(tmp_path, shards=1)
+    path = tmp_path / "shard-00000.parquet"
+    good = path.read_bytes()
+    metadata = pq.ParquetFile(path).metadata
+    for group in range(metadata.num_row_groups):
+        for column in (0, 1, 3, 8, 9, 14):  # clip_id, caption, first and last frame, first and last latent
+            chunk = metadata.row_group(group).column(column)
+            bad = bytearray(good)
+            bad[chunk.data_page_offset + chunk.total_compressed_size - 5] ^= 1
+            path.write_bytes(bad)
+            with pytest.raises(UserError, match=f"shard-00000.parquet: row group {group}"):
+                read_all(tmp_path)
+    path.write_bytes(good)
+    read_all(tmp_path)
+
+
+def test_no_flipped_byte_is_ever_delivered(tmp_path: Path) -> None:
+    """At 60 places spread over the whole file, headers and footer included: an error, or the right data."""
+    write_dataset(tmp_path, shards=1)
+    path = tmp_path / "shard-00000.parquet"
+    good = path.read_bytes()
+    frames = range(SPEC.num_frames)
+    expected = [read_rows(open_shard(path, SPEC), path, group, frames) for group in range(3)]
+    caught = 0
+    for place in np.linspace(0, len(good) - 1, 60).astype(int):
+        bad = bytearray(good)
+        bad[place] ^= 0x10
+        path.write_bytes(bad)
+        try:
+            check_shards(read_manifest(tmp_path))
+            shard = open_shard(path, SPEC)
+            assert [read_rows(shard, path, group, frames) for group in range(3)] == expected, place
+        except UserError as error:
+            assert path.name in str(error)
+            caught += 1
+    assert caught > 50  # the few others fell on bytes that a reader does not look at
+
+
+@pytest.mark.parametrize("keep", [0, 3, 1000, -1, -8])
+def test_a_shard_cut_short_is_found_before_anything_starts(tmp_path: Path, keep: int) -> None:
+    write_dataset(tmp_path)
+    path = tmp_path / "shard-00001.parquet"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"shard-00001.parquet: .*truncated"):
+        check_shards(read_manifest(tmp_path))
+    with pytest.raises(UserError, match=r"shard-00001.parquet: .*truncated or damaged"):
+        open_shard(path, SPEC)
+
+
+def test_a_missing_shard_is_found_before_anything_starts(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    (tmp_path / "shard-00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"shard-00000.parquet: .*not there"):
+        check_shards(read_manifest(tmp_path))
+    with pytest.raises(UserError, match=r"shard-00000.parquet: .*not there"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_frames": 5},
+        {"frame_size": 40},
+        {"frame_codec": "jpeg"},
+        {"latent_dtype": "bfloat16"},
+        {"latent_shape": (4, 2, 8)},
+        {"resize": "stretch"},
+    ],
+)
+def test_a_shard_of_another_dataset_is_refused_with_the_difference(tmp_path: Path, change: dict[str, object]) -> None:
+    write_dataset(tmp_path)
+    other = dataclasses.replace(SPEC, **change)  # type: ignore[arg-type]
+    manifest = dataclasses.replace(read_manifest(tmp_path), spec=other)
+    with pytest.raises(UserError, match=rf"shard-00000.parquet: .*{next(iter(change))}"):
+        check_shards(manifest)
+
+
+def test_another_format_version_is_refused_by_its_number(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(UserError, match=r"manifest.json: format_version is 2; this release reads version 1"):
+        read_manifest(tmp_path)
+
+
+def test_a_damaged_manifest_or_file_list_is_an_error_that_names_it(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    with pytest.raises(UserError, match="not a dataset"):
+        read_manifest(tmp_path / "absent")
+    files = tmp_path / "files.parquet"
+    content = bytearray(files.read_bytes())
+    content[len(content) // 2] ^= 1
+    files.write_bytes(content)
+    with pytest.raises(UserError, match=r"files.parquet: its SHA-256"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest.json: damaged"):
+        read_manifest(tmp_path)
+
+
+class CountingFile(io.FileIO):
+    """Counts the bytes that are read through it."""
+
+    counted = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        self.counted += len(data)
+        return data
+
+
+def test_reading_8_of_24_frames_reads_a_third_of_the_bytes(tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, num_frames=24, rows_per_row_group=8)
+    write_dataset(tmp_path, spec, shards=1, clips=16)
+    path = tmp_path / "shard-00000.parquet"
+    counted = {}
+    for wanted in (8, 24):
+        frames = np.linspace(0, 23, wanted, dtype=int).tolist()
+        with CountingFile(str(path)) as file:
+            shard = pq.ParquetFile(file, pre_buffer=False)
+            opening, file.counted = file.counted, 0
+            for group in range(shard.num_row_groups):
+                read_rows(shard, path, group, frames)
+            counted[wanted] = file.counted
+        assert opening < 65536 + 1024  # the footer
+    assert counted[24] == pytest.approx(path.stat().st_size, rel=0.1)
+    assert counted[8] / counted[24] == pytest.approx(1 / 3, abs=0.02)
