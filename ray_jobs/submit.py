@@ -71,7 +71,11 @@ def main() -> None:
             print(f"{job}: submitted to {client.get_address()}\n{hints(client, job)}", flush=True)
             if own.no_wait:
                 return
-            end = watch(client, job)
+            try:
+                end = watch(client, job)
+            except KeyboardInterrupt:
+                print(f"\n{job} goes on.\n{hints(client, job)}", flush=True)
+                sys.exit(INTERRUPTED)
             # The cluster drops uploaded code when the last job that used it ends: also between our finding it there
             # and our job's start. The next try uploads it.
             if end.error_type != JobErrorType.RUNTIME_ENV_SETUP_FAILURE or left == 0:
@@ -230,17 +234,15 @@ def commit() -> str:
 
 def watch(client: JobSubmissionClient, job: str) -> JobDetails:
     """Print the job's log until it ends, across lost connections. Raises UserError when the cluster stays away."""
-    log, reached = Log(client, job), time.monotonic()
+    log, reached, lost = Log(client, job), time.monotonic(), False
     while True:
         try:
             asyncio.run(log.show())
             info = client.get_job_info(job)
-            reached = time.monotonic()
+            reached, lost = time.monotonic(), False
             if info.status.is_terminal():
+                log.show_rest()
                 return info
-        except KeyboardInterrupt:
-            print(f"\n{job} goes on.\n{hints(client, job)}", flush=True)
-            sys.exit(INTERRUPTED)
         except LOST as error:
             if "status code 404" in str(error):
                 raise UserError(
@@ -252,7 +254,9 @@ def watch(client: JobSubmissionClient, job: str) -> JobDetails:
                     f"no answer from {client.get_address()} for {LOST_S:.0f} s ({error}). {job} may still be running.\n"
                     + hints(client, job)
                 ) from error
-            print(f"{job}: connection lost ({error}); trying again", file=sys.stderr, flush=True)
+            if not lost:
+                print(f"{job}: connection lost ({error}); trying for {LOST_S:.0f} s", file=sys.stderr, flush=True)
+            lost = True
         time.sleep(RETRY_S)
 
 
@@ -272,9 +276,16 @@ class Log:
                     piece = await anext(pieces, None)
                 if piece is None:
                     return
-                new, skip = piece[skip:], max(0, skip - len(piece))
-                print(new, end="", flush=True)
-                self._printed += len(new)
+                self._print(piece[skip:])
+                skip = max(0, skip - len(piece))
+
+    def show_rest(self) -> None:
+        """Of a job that has ended: what came after `show` gave up."""
+        self._print(self._client.get_job_logs(self._job)[self._printed :])
+
+    def _print(self, text: str) -> None:
+        print(text, end="", flush=True)
+        self._printed += len(text)
 
 
 def hints(client: JobSubmissionClient, job: str) -> str:

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# This machine as a Ray cluster, for `python -m ray_jobs.submit` and `ray job submit`. stop.sh ends it.
+#
+# Everything listens on loopback, and all but the metrics asks for a token. What training starts inherits this shell's
+# environment: set WANDB_API_KEY here (or `wandb login` once), never in a job's description.
+#
+#   FVLM_CLUSTER_DIR      token, log and Ray's session folder     ~/.fvlm-cluster  (at most 38 characters)
+#   FVLM_DASHBOARD_PORT   dashboard and jobs                      8265
+#   FVLM_METRICS_PORT     Prometheus text, /metrics               8080
+#   FVLM_BASE_PORT        Ray's own: this one and the next six    6379
+#   FVLM_NUM_CPUS         CPUs that Ray hands out                 all
+#   FVLM_OBJECT_STORE_MB  shared memory for decoded batches       2048
+set -euo pipefail
+
+dir=$(mkdir -p "${FVLM_CLUSTER_DIR:-$HOME/.fvlm-cluster}" && cd "${FVLM_CLUSTER_DIR:-$HOME/.fvlm-cluster}" && pwd)
+temp=$dir/ray pid_file=$dir/pid log=$dir/ray-start.log base=${FVLM_BASE_PORT:-6379}
+url=http://127.0.0.1:${FVLM_DASHBOARD_PORT:-8265} metrics=${FVLM_METRICS_PORT:-8080}
+fail() { echo "error: $*" >&2; exit 2; }
+
+# Ray puts unix sockets 64 characters below its folder, and the kernel allows them 107.
+((${#dir} <= 38)) || fail "$dir is too long for Ray's sockets. Set FVLM_CLUSTER_DIR to a path of at most 38 characters."
+venv=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv
+if [[ -x $venv/bin/ray ]]; then PATH=$venv/bin:$PATH; fi # jobs run the `python` that is found first here
+command -v ray > /dev/null || fail "there is no \`ray\` on the PATH. Activate the environment that the project is installed in."
+if [[ -f $pid_file ]] && grep -qsaF -- "--temp-dir=$temp" "/proc/$(< "$pid_file")/cmdline"; then
+    fail "the cluster of $dir is running already (process $(< "$pid_file")). Stop it with $(dirname "$0")/stop.sh first."
+fi
+
+for port in "${url##*:}" "$metrics" $(seq "$base" $((base + 6))); do
+    if (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
+        fail "port $port is taken. Choose others with FVLM_DASHBOARD_PORT, FVLM_METRICS_PORT and FVLM_BASE_PORT."
+    fi
+done
+
+[[ -s $dir/token ]] || (umask 077 && python -c 'import secrets; print(secrets.token_hex(32))' > "$dir/token")
+chmod 600 "$dir/token"
+unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token RAY_USAGE_STATS_ENABLED=0
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # its only effect on Linux: 127.0.0.1 is used as it is
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # stop means now: checkpoints are on disk already
+
+# A session of its own: it outlives this terminal, and stop.sh can tell its processes from any other cluster's.
+setsid ray start --head --block --temp-dir="$temp" --node-ip-address=127.0.0.1 --port="$base" \
+    --node-manager-port=$((base + 1)) --object-manager-port=$((base + 2)) --ray-client-server-port=$((base + 3)) \
+    --dashboard-agent-grpc-port=$((base + 4)) --dashboard-agent-listen-port=$((base + 5)) \
+    --runtime-env-agent-port=$((base + 6)) --min-worker-port=0 --max-worker-port=0 \
+    --dashboard-host=127.0.0.1 --dashboard-port="${url##*:}" --metrics-export-port="$metrics" \
+    ${FVLM_NUM_CPUS:+--num-cpus="$FVLM_NUM_CPUS"} \
+    --object-store-memory=$((${FVLM_OBJECT_STORE_MB:-2048} * 1024 * 1024)) < /dev/null > "$log" 2>&1 &
+echo $! > "$pid_file"
+
+for ((i = 0; i < 240; i++)); do
+    kill -0 "$(< "$pid_file")" 2> /dev/null || { tail -n 20 "$log" >&2; fail "the cluster did not start; see $log"; }
+    if grep -q 'Ray runtime started' "$log"; then
+        printf 'The cluster is up: %s. Tell this shell its token, and submit:\n\n' "$url"
+        printf 'export RAY_AUTH_MODE=token\nexport RAY_AUTH_TOKEN_PATH=%q\n' "$dir/token"
+        exit 0
+    fi
+    sleep 0.5
+done
+fail "the cluster is not up after two minutes; see $log, and end what is there with $(dirname "$0")/stop.sh"
