@@ -56,8 +56,11 @@ def train_rank(task: dict[str, Any]) -> None:
         reason = user_error(error)
         if reason is None:
             raise
-        # Returning ends this rank's process group, which frees ranks that wait in a collective.
         ray.get(failures.record.remote(str(reason)))
+        # Others may wait for this rank, in a collective or in Ray's report: only a failure ends them. The group is then
+        # started again, to return at once.
+        if ray.train.get_context().get_world_size() > 1:
+            raise
 
 
 def run_rank(config: Config, manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from fvlm.data.shards import check_shards, read_manifest
 from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
 from fvlm.errors import UserError
 from fvlm.model.hub import vocabulary_size
-from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, finished_steps, latest_checkpoint, open_run
+from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, exclusive, finished_steps, latest_checkpoint, open_run
 from fvlm.train.sinks import TRAIN_LOG
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
@@ -44,29 +45,46 @@ def main() -> None:
         print(f"{config.run_name} is finished: {finished_steps(run_dir)} of {steps} steps. Nothing to do.\n{run_dir}")
         return
     print(config.describe(), flush=True)
-    with connect(num_cpus=max(os.cpu_count() or 1, cpus_needed(config))), follow(run_dir / TRAIN_LOG):
+    with (
+        exclusive(run_dir),
+        connect(num_cpus=max(os.cpu_count() or 1, cpus_needed(config))),
+        follow(run_dir / TRAIN_LOG),
+    ):
         fit(config, manifest)
     print(f"{config.run_name}: finished {steps} steps. Checkpoint: {latest_checkpoint(run_dir)}", flush=True)
 
 
 def prepare_run(config: Config) -> Manifest:
     """Everything that can fail before a GPU is taken: dataset, plan, run folder, tokenizer. Raises UserError."""
-    for key, value in (("--data.path", config.data.path), ("--runs-dir", config.runs_dir)):
-        if in_job_copy() and not Path(value).expanduser().is_absolute():
-            raise UserError(f"{key} {value!r} is relative, but a submitted job runs in a temporary copy of the code; "
-                            "what it wrote there would be lost. Give an absolute path that all nodes see.")  # fmt: skip
     if not config.data.path:
         raise UserError(
             "--data.path is missing: the folder of a prepared dataset (`python -m ray_jobs.prepare --help`)."
         )
+    paths = {
+        "--data.path": config.data.path,
+        "--runs-dir": config.runs_dir,
+        "--import-checkpoint": config.import_checkpoint,
+    }
+    for key, value in paths.items():
+        if in_job_copy() and value and not Path(value).expanduser().is_absolute():
+            raise UserError(
+                f"{key} {value!r} is relative, but a submitted job runs in a temporary copy of the code; "
+                "what it wrote there would be lost. Give an absolute path that all nodes see."
+            )
     manifest = read_manifest(Path(config.data.path).expanduser().resolve())
     check_dataset(config, manifest)
     Plan.of_config(manifest, config)  # a dataset that does not fill one batch is an error here
     check_shards(manifest)
+    is_new = not config.run_dir.exists()
     run_dir = open_run(config, manifest)
-    make_tokenizer(config, manifest, run_dir / TOKENIZER)
-    if config.import_checkpoint and latest_checkpoint(run_dir) is None:
-        import_run(Path(config.import_checkpoint).expanduser(), config, manifest, run_dir / CHECKPOINTS)
+    try:
+        make_tokenizer(config, manifest, run_dir / TOKENIZER)
+        if config.import_checkpoint and latest_checkpoint(run_dir) is None:
+            import_run(Path(config.import_checkpoint).expanduser(), config, manifest, run_dir / CHECKPOINTS)
+    except UserError:
+        if is_new:  # otherwise its config would stand in the way of the corrected command
+            shutil.rmtree(run_dir)
+        raise
     return manifest
 
 

@@ -6,8 +6,10 @@ tokenizer/   train.log   metrics.jsonl   wandb_id   wandb/   checkpoints/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,23 @@ from fvlm.errors import UserError
 from fvlm.files import write_atomic
 from fvlm.train.state import checkpoints, step_of
 
-CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
+CONFIG, TOKENIZER, CHECKPOINTS, LOCK = "config.json", "tokenizer", "checkpoints", "lock"
+
+
+@contextlib.contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold the run for this process alone, as long as it lives: the kernel lets go when it is killed.
+
+    Raises UserError when another process holds it.
+    """
+    with (run_dir / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{run_dir}: this run is being trained by another process. Wait for it, stop it, or use another --run."
+            ) from error
+        yield
 
 
 def open_run(config: Config, manifest: Manifest) -> Path:
@@ -71,9 +89,3 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def finished_steps(run_dir: Path) -> int:
     latest = latest_checkpoint(run_dir)
     return step_of(latest) if latest else 0
-
-
-def forget_run(run_dir: Path) -> None:
-    """Remove a folder that `open_run` has just made and nothing was trained in."""
-    if latest_checkpoint(run_dir) is None:
-        shutil.rmtree(run_dir)

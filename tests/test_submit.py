@@ -1,0 +1,379 @@
+"""Jobs on a real cluster with token authentication: submitted, followed, refused, stopped, continued, watched."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from datasets import write_dataset
+
+from fvlm.train.run_folder import finished_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL = ROOT / "cluster" / "local"
+RAY = Path(sys.executable).with_name("ray")
+STEPS = re.compile(r"step (\d+)/")
+
+
+@dataclass
+class Cluster:
+    """A cluster of this test file, and a place for its jobs."""
+
+    folder: Path
+    url: str
+    metrics_url: str
+    env: dict[str, str]
+    """What a user's shell has: with the token."""
+    start_env: dict[str, str]
+    """What start.sh and stop.sh are told."""
+    started: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        return int((self.folder / "pid").read_text())
+
+    def jobs(self) -> dict[str, dict]:
+        token = (self.folder / "token").read_text().strip()
+        answer = requests.get(f"{self.url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        return {job["submission_id"]: job for job in answer.json() if job["submission_id"]}
+
+    def stop(self, job: str) -> None:
+        token = (self.folder / "token").read_text().strip()
+        header = {"Authorization": f"Bearer {token}"}
+        requests.post(f"{self.url}/api/jobs/{job}/stop", headers=header, timeout=30).raise_for_status()
+
+    def training(self, run: str, steps: int) -> list[str]:
+        """Options of a tiny run, all paths inside the cluster's folder."""
+        paths = ["--run", run, "--data.path", str(self.folder / "data"), "--runs-dir", str(self.folder / "runs")]
+        small = "--data.frame-size 56 --data.lanes 4 --data.global-batch 4 --data.window-steps 2 --log.wandb off"
+        often = f"--train.max-steps {steps} --train.save-every 5 --train.log-every 1"
+        return ["demo", *paths, *small.split(), *often.split()]
+
+
+class Command:
+    """A process with its output in a file that can be read while it runs."""
+
+    def __init__(self, cluster: Cluster, args: list[str], env: dict[str, str] | None = None, cwd: Path = ROOT):
+        with tempfile.NamedTemporaryFile(dir=cluster.folder, suffix=".txt", delete=False) as file:
+            self._path = Path(file.name)
+            self._process = subprocess.Popen(
+                args, stdout=file, stderr=subprocess.STDOUT, env=env or cluster.env, cwd=cwd, start_new_session=True
+            )
+        cluster.started.append(self._process)
+
+    @property
+    def output(self) -> str:
+        return self._path.read_text()
+
+    def wait(self) -> int:
+        return self._process.wait(timeout=150)
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+
+def submit(cluster: Cluster, args: list[str], env: dict[str, str] | None = None, address: str = "") -> Command:
+    command = [sys.executable, "-m", "ray_jobs.submit", *args, "--address", address or cluster.url]
+    return Command(cluster, command, env)
+
+
+def until(true: Callable[[], object], command: Command, seconds: float = 120) -> None:
+    """Wait until `true()`, as long as the command that brings it about is running."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert command.running(), command.output
+        assert time.monotonic() < deadline, command.output
+        time.sleep(0.5)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row on which nobody listens."""
+    for first in range(23000, 32000, 50):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="fvlm-"))  # pytest's own folders are too deep for Ray's sockets
+    port = free_ports(9)
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FVLM_", "WANDB_"))}
+    bare |= {"HOME": str(folder), "PATH": f"{RAY.parent}:{bare['PATH']}"}
+    start = bare | {
+        "FVLM_CLUSTER_DIR": str(folder),
+        "FVLM_BASE_PORT": str(port),
+        "FVLM_DASHBOARD_PORT": str(port + 7),
+        "FVLM_METRICS_PORT": str(port + 8),
+        "FVLM_NUM_CPUS": "4",
+        "FVLM_OBJECT_STORE_MB": "512",
+    }
+    write_dataset(folder / "data")
+    try:
+        started = subprocess.run([LOCAL / "start.sh"], env=start, capture_output=True, text=True, check=False)
+        assert started.returncode == 0, started.stderr
+        exports = dict(re.findall(r"^export (\w+)=(.*)$", started.stdout, re.MULTILINE))
+        url, metrics_url = (f"http://127.0.0.1:{port + n}" for n in (7, 8))
+        cluster = Cluster(folder, url, f"{metrics_url}/metrics", bare | exports, start)
+        try:
+            yield cluster
+        finally:
+            for process in cluster.started:
+                process.kill()
+                process.wait()
+    finally:
+        subprocess.run([LOCAL / "stop.sh"], env=start, check=True)
+        shutil.rmtree(folder)
+
+
+def members(cluster: Cluster, session: int) -> list[psutil.Process]:
+    """Every living process of the cluster: of its session, or with its folder in the command line (a job's driver)."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            ours = os.getsid(process.pid) == session or str(cluster.folder) in " ".join(process.cmdline())
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    return found
+
+
+def test_the_cluster_listens_on_loopback_only_and_its_token_is_private(cluster):
+    mode = stat.S_IMODE((cluster.folder / "token").stat().st_mode)
+    addresses = {
+        connection.laddr.ip
+        for process in members(cluster, cluster.pid)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert mode == 0o600
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_who_has_no_token_or_a_wrong_one_is_refused_and_told_the_variable(cluster):
+    nothing = {name: value for name, value in cluster.env.items() if not name.startswith("RAY_")}
+    wrong = nothing | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    run = cluster.training("refused", 1)
+    listing = Command(cluster, [str(RAY), "job", "list", "--address", cluster.url], nothing)
+    without, mistaken = submit(cluster, run, nothing), submit(cluster, run, wrong)
+
+    assert requests.get(f"{cluster.url}/api/jobs/", timeout=30).status_code == 401
+    header = {"Authorization": "Bearer " + "0" * 64}
+    assert requests.get(f"{cluster.url}/api/jobs/", headers=header, timeout=30).status_code == 403
+    assert listing.wait() != 0
+    assert "Authentication required" in listing.output
+    assert without.wait() == 2
+    assert "asks for a token. Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in without.output
+    assert mistaken.wait() == 2
+    assert "RAY_AUTH_TOKEN does not hold its token" in mistaken.output
+    assert "Traceback" not in without.output + mistaken.output
+    assert cluster.jobs() == {}
+
+
+def test_what_is_wrong_on_this_side_ends_with_code_2_and_submits_nothing(cluster):
+    run = cluster.training("wrong", 1)
+    typo = submit(cluster, [*run, "--train.max-step", "3"])
+    value = submit(cluster, [*run, "--data.lanes", "3"])
+    nowhere = submit(cluster, run, address="http://127.0.0.1:9")
+
+    assert typo.wait() == 2
+    assert "--train.max-steps" in typo.output
+    assert value.wait() == 2
+    assert "--data.lanes 3 does not divide" in value.output
+    assert nowhere.wait() == 2
+    assert "no Ray cluster answers at http://127.0.0.1:9" in nowhere.output
+    assert "cluster/local/start.sh" in nowhere.output
+    assert cluster.jobs() == {}
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """A way to the cluster that can be cut."""
+
+    daemon_threads = allow_reuse_address = True
+
+    def __init__(self, port: int):
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self._port, self._open = port, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def finish_request(self, request: socket.socket, client_address: object) -> None:
+        with socket.create_connection(("127.0.0.1", self._port)) as beyond:
+            self._open += [request, beyond]
+            back = threading.Thread(target=self._copy, args=(beyond, request), daemon=True)
+            back.start()
+            self._copy(request, beyond)
+            back.join()
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:  # cut
+            return
+
+    def cut(self) -> None:
+        for end in self._open:
+            if end.fileno() >= 0:
+                end.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+
+SUBMIT_THINKING_THE_CODE_IS_THERE = """
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
+from ray_jobs import cli, submit
+really, asked = SubmissionClient._package_exists, []
+def exists(self, uri):
+    asked.append(uri)
+    return len(asked) == 1 or really(self, uri)
+SubmissionClient._package_exists = exists
+submit.SILENT_S = 0.5  # every pause of the job is taken for a dead connection
+cli.run_command(submit.main)
+"""
+
+
+def test_a_job_is_followed_across_a_lost_connection_until_it_is_stopped(cluster):
+    """One long job, and what can be done meanwhile: its metrics are scraped, a second start of the run is refused, and
+    a job with bad input fails beside it."""
+    proxy = Proxy(int(cluster.url.rpartition(":")[2]))
+    job = submit(cluster, cluster.training("story", 100_000), address=proxy.url)
+    until(lambda: "story-a1" in cluster.jobs(), job)
+    second = submit(cluster, cluster.training("story", 100_000))
+    shutil.copytree(ROOT / "ray_jobs", cluster.folder / "copy" / "ray_jobs")
+    shutil.copytree(ROOT / "fvlm", cluster.folder / "copy" / "fvlm")
+    shutil.copy(ROOT / ".rayignore", cluster.folder / "copy")
+    (cluster.folder / "copy" / "fvlm" / "new.py").write_text("")  # other code, which the cluster does not have
+    script = [sys.executable, "-c", SUBMIT_THINKING_THE_CODE_IS_THERE, "demo", "--run", "bad", "--data.path", "nowhere"]
+    bad = Command(cluster, [*script, "--address", cluster.url], cwd=cluster.folder / "copy")
+
+    until(lambda: "step 3/" in job.output, job)
+    proxy.cut()
+    until(lambda: "connection lost" in job.output, job)
+    until(lambda: re.search(r"connection lost.*step \d+/", job.output, re.DOTALL), job)
+    until(lambda: "ray_fvlm_caption_loss_fine{" in requests.get(cluster.metrics_url, timeout=30).text, job)
+    metrics = requests.get(cluster.metrics_url, timeout=30).text
+    assert second.wait() == 2
+    assert "run story is under way: job story-a1 is " in second.output
+    assert "ray job stop" in second.output
+    assert bad.wait() == 2
+    until(lambda: finished_steps(cluster.folder / "runs" / "story"), job)
+    cluster.stop("story-a1")
+    assert job.wait() == 143
+
+    assert re.search(r'^ray_fvlm_caption_loss_fine\{.*run="story".*\} \d', metrics, re.MULTILINE)
+    steps = [int(step) for step in STEPS.findall(job.output)]
+    assert steps == list(range(1, len(steps) + 1)), "a line was lost or repeated"
+    assert job.output.rstrip().endswith("story-a1: STOPPED")
+    assert "bad-a1: FAILED: the cluster could not set up its code; submitting it again" in bad.output
+    assert f"error: {cluster.folder}/copy/nowhere: not a dataset" in bad.output
+    assert bad.output.count("Running entrypoint for job bad-a2") == 1
+    assert cluster.jobs()["bad-a2"]["driver_exit_code"] == 2
+
+
+def test_the_same_command_continues_the_run_and_then_finds_it_finished(cluster):
+    before = finished_steps(cluster.folder / "runs" / "story")
+    run = cluster.training("story", before + 4)
+    job = submit(cluster, run)
+    assert job.wait() == 0, job.output
+    # What the README shows: Ray's own command, from the project's folder.
+    plain = [str(RAY), "job", "submit", "--address", cluster.url, "--working-dir", ".", "--", "python", "-m"]
+    ray_job = Command(cluster, [*plain, "ray_jobs.train", *run])
+    again = submit(cluster, run)
+
+    assert before > 0
+    assert f"resumed at step {before} from " in job.output
+    assert [int(step) for step in STEPS.findall(job.output)] == list(range(before + 1, before + 5))
+    record = cluster.jobs()["story-a2"]
+    assert record["status"] == "SUCCEEDED"
+    assert record["metadata"]["run"] == "story"
+    assert record["metadata"]["preset"] == "demo"
+    assert re.fullmatch("[0-9a-f]{12}", record["metadata"]["config"])
+    assert again.wait() == 0, again.output
+    assert f"story is finished: {before + 4} of {before + 4} steps" in again.output
+    assert cluster.jobs()["story-a3"]["status"] == "SUCCEEDED"
+    assert ray_job.wait() == 0, ray_job.output
+    assert "story is finished" in ray_job.output
+
+
+def test_only_the_two_packages_travel_and_no_secret(cluster):
+    copies = list((cluster.folder / "ray" / "session_latest").glob("runtime_resources/working_dir_files/_ray_pkg_*"))
+    copies = [copy for copy in copies if copy.is_dir()]
+    environment = cluster.jobs()["story-a2"]["runtime_env"]["env_vars"]
+    assert copies
+    assert all({path.name for path in copy.iterdir()} == {"fvlm", "ray_jobs"} for copy in copies)
+    assert environment.keys() == {"RAY_DATA_DISABLE_PROGRESS_BARS", "RAY_TRAIN_ENABLE_STATE_TRACKING", "FVLM_JOB"}
+
+
+def test_a_second_start_is_refused_for_the_same_folder_and_for_taken_ports(cluster):
+    other = cluster.start_env | {"FVLM_CLUSTER_DIR": str(cluster.folder / "b")}
+    same = Command(cluster, [str(LOCAL / "start.sh")], cluster.start_env)
+    taken = Command(cluster, [str(LOCAL / "start.sh")], other)
+    assert same.wait() == 2
+    assert "is running already" in same.output
+    assert taken.wait() == 2
+    assert "is taken. Choose others with FVLM_DASHBOARD_PORT" in taken.output
+
+
+def test_who_stops_watching_leaves_the_job_running(cluster):
+    watched = submit(cluster, cluster.training("watched", 100_000))
+    unwatched = submit(cluster, [*cluster.training("unwatched", 100_000), "--no-wait"])
+    assert unwatched.wait() == 0, unwatched.output
+    until(lambda: "Running entrypoint" in watched.output, watched)
+    watched.interrupt()
+    assert watched.wait() == 130
+    assert "watched-a1 goes on" in watched.output
+    assert "Traceback" not in watched.output
+    states = {name: job["status"] for name, job in cluster.jobs().items()}
+    assert states["watched-a1"] == "RUNNING"
+    assert states["unwatched-a1"] in ("PENDING", "RUNNING")
+
+
+def test_stop_ends_every_process_of_this_cluster_and_no_other(cluster):
+    session = cluster.pid
+    assert any("ray_jobs.train" in process.cmdline() for process in members(cluster, session)), "no job is running"
+    # Looks like a process of this cluster, but start.sh did not start it.
+    looks = ["raylet", "gcs_server", f"--temp-dir={cluster.folder}/ray"]
+    decoy = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(200)", *looks], start_new_session=True)
+    subprocess.run([LOCAL / "stop.sh"], env=cluster.start_env, check=True)
+
+    deadline = time.monotonic() + 10  # Ray's guard of the job's driver looks once a second
+    while time.monotonic() < deadline and [process.pid for process in members(cluster, session)] != [decoy.pid]:
+        time.sleep(0.2)
+    assert [process.cmdline() for process in members(cluster, session) if process.pid != decoy.pid] == []
+    assert decoy.poll() is None
+    decoy.kill()
+    decoy.wait()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(cluster.url, timeout=5)
