@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
+from torch.serialization import safe_globals
 
 from fvlm import presets
 from fvlm.config import Config
@@ -42,6 +44,7 @@ TOP_LEVEL = {
     "step", "epoch", "model_state_dict", "optimizer_state_dict", "scaler_state_dict", "scheduler_state_dict", "metrics",
     "config", "timestamp",
 }  # fmt: skip
+SECTIONS = ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "metrics", "config")
 METRICS = {"cap_ratio": "caption/ratio_avg", "rec_ratio": "recon/ratio_avg"}
 SETTINGS = {
     "num_frames": "data.num_frames",
@@ -57,6 +60,13 @@ SETTINGS = {
 """Keys of the earlier trainer's config that decide the experiment, and ours that say the same."""
 FIXED = {"grad_accum": 1, "lambda_coarse": 0.0}
 """Settings of its that have one value here."""
+_MAKE_SCALAR: Any = np.float64().__reduce__()[0]
+NUMBERS: list[Any] = [
+    np.dtype,
+    *((_MAKE_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # NumPy 1, NumPy 2
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
+]
+"""What a pickle may call besides tensors: its averages are NumPy's numbers. These make numbers and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,8 @@ def read_legacy_checkpoint(path: Path, model: FoveatedVLM, config: Config) -> Le
     table: list[tuple[str, str]] = []
     names = _map_model(path, raw["model_state_dict"], model, table)
     optimizer = _map_optimizer(path, raw["optimizer_state_dict"], list(names), model, table)
+    differences = _compare_optimizer(raw["optimizer_state_dict"]["param_groups"], config, table)
+    differences += _compare_settings(raw["config"], config, table)
     step = _step(path, raw, table)
     metrics = {METRICS[key]: float(value) for key, value in raw["metrics"].items() if key in METRICS}
     for key in raw["metrics"]:
@@ -109,8 +121,7 @@ def read_legacy_checkpoint(path: Path, model: FoveatedVLM, config: Config) -> Le
     ]
     stored = raw["model_state_dict"]
     return LegacyCheckpoint(
-        step, {ours: stored[theirs] for ours, theirs in names.items()}, optimizer, metrics, table,
-        _compare_settings(raw["config"], config, table),
+        step, {ours: stored[theirs] for ours, theirs in names.items()}, optimizer, metrics, table, differences
     )  # fmt: skip
 
 
@@ -154,10 +165,14 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--import-checkpoint {path}: no such file.")
     try:
-        raw = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with safe_globals(NUMBERS):
+            raw = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
+        # Torch's own words would have people load it with weights_only=False.
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{path}: refused; loading it would run code that is not plain weights ({str(error).splitlines()[0]})."
+            f"{path}: refused; loading it would run code that is not plain weights "
+            f"({found[1] if found else 'not a pickle of tensors'}). Nothing in it was run."
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: cannot be read; cut short or damaged ({str(error).splitlines()[0]}).") from error
@@ -167,6 +182,9 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of the earlier trainer: missing keys {sorted(TOP_LEVEL - keys)}, "
             f"unknown keys {sorted(map(str, keys - TOP_LEVEL))}."
         )
+    for key in SECTIONS:
+        if not isinstance(raw[key], dict):
+            raise UserError(f"{path}: {key} is a {type(raw[key]).__name__}; the earlier trainer writes a dict.")
     return raw
 
 
@@ -189,6 +207,8 @@ def _map_model(
             name = our_name(key)
             if name not in wanted:
                 raise UserError(f"{path}: {key} maps to {name}, which this model does not have: another architecture.")
+            if name in names:
+                raise UserError(f"{path}: {names[name]} and {key} both map to {name}.")
             if tuple(tensor.shape) != wanted[name]:
                 raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, but {name} of this model is {wanted[name]}.")
             names[name] = key
@@ -207,6 +227,8 @@ def _map_optimizer(
     path: Path, stored: dict[str, Any], order: list[str], model: FoveatedVLM, table: list[tuple[str, str]]
 ) -> dict[str, torch.Tensor]:
     """Moments by our names. The file counts parameters by position in `order`."""
+    if not {"param_groups", "state"} <= stored.keys():
+        raise UserError(f"{path}: optimizer_state_dict has the keys {sorted(stored)}; param_groups and state are due.")
     groups, states = stored["param_groups"], stored["state"]
     positions = [position for group in groups for position in group["params"]]
     if positions != list(range(len(order))):
@@ -244,9 +266,9 @@ def _map_optimizer(
 
 def _step(path: Path, raw: dict[str, Any], table: list[tuple[str, str]]) -> int:
     step, scheduler = int(raw["step"]), raw["scheduler_state_dict"]
-    if scheduler["last_epoch"] != step:
+    if scheduler.get("last_epoch") != step:
         raise UserError(
-            f"{path}: step is {step}, but scheduler_state_dict.last_epoch is {scheduler['last_epoch']}; "
+            f"{path}: step is {step}, but scheduler_state_dict.last_epoch is {scheduler.get('last_epoch')}; "
             "the file is of two minds about where the run stands."
         )
     table.append(("step", f"{step} finished steps; the run goes on with step number {step}"))
@@ -254,10 +276,27 @@ def _step(path: Path, raw: dict[str, Any], table: list[tuple[str, str]]) -> int:
     return step
 
 
+def _compare_optimizer(groups: list[dict[str, Any]], config: Config, table: list[tuple[str, str]]) -> list[str]:
+    optim = config.optim
+    ours = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps, "weight_decay": optim.weight_decay}
+    differences = []
+    for number, group in enumerate(groups):
+        for key in group:
+            if key != "params":  # the indices: each has a line already
+                where = "compared with our optim settings" if key in ours else "not kept: see ours"
+                table.append((f"optimizer group {number}.{key}", where))
+        for key, value in ours.items():
+            theirs = group.get(key, value)
+            if (tuple(theirs) if key == "betas" else theirs) != value:
+                differences.append(f"optimizer group {number}.{key}: {theirs!r} there, {value!r} here")
+    return differences
+
+
 def _compare_settings(theirs: dict[str, Any], config: Config, table: list[tuple[str, str]]) -> list[str]:
     differences = []
+    compared = SETTINGS | {key: f"{value!r}, the only value here" for key, value in FIXED.items()}
     for key in theirs:
-        table.append((f"config.{key}", f"compared with {SETTINGS[key]}" if key in SETTINGS else "not kept: see ours"))
+        table.append((f"config.{key}", f"compared with {compared[key]}" if key in compared else "not kept: see ours"))
     for key, ours in SETTINGS.items():
         section, name = ours.split(".")
         value = getattr(getattr(config, section), name)
@@ -283,6 +322,8 @@ class Look:
 def main() -> None:
     look = tyro.cli(Look, default=Look(tyro.MISSING, tyro.MISSING, presets.joint_multifine()), description=__doc__)
     raw = _load(look.checkpoint)
+    if "z_vae_init" not in raw["model_state_dict"]:
+        raise UserError(f"{look.checkpoint}: lacks z_vae_init, the tensor that tells the shape of a latent.")
     latent_shape = tuple(raw["model_state_dict"]["z_vae_init"].shape[1:])
     legacy = read_legacy_checkpoint(look.checkpoint, _skeleton(look.config, latent_shape), look.config)
     print(legacy.describe(look.checkpoint))
