@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,7 @@ from fvlm.errors import UserError
 from fvlm.files import sha256_file
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
-
-PROGRESS_SECONDS = 5.0
+from ray_jobs.part_tasks import Rows, as_tasks, follow, print_table, unfinished
 
 
 @dataclass(frozen=True)
@@ -141,10 +140,7 @@ def _spec(config: PrepareConfig) -> DatasetSpec:
 
 
 def _prepare_parts(config: PrepareConfig, spec: DatasetSpec, captions: Captions, num_parts: int) -> None:
-    todo = [index for index in range(num_parts) if not parts.is_done(config.out, index)]
-    done = num_parts - len(todo)
-    if done:
-        print(f"continuing: {done} of {num_parts} parts are done", flush=True)
+    todo = unfinished(config.out, num_parts)
     if not todo:
         return
     items = []
@@ -152,58 +148,29 @@ def _prepare_parts(config: PrepareConfig, spec: DatasetSpec, captions: Captions,
         rows = captions.rows(index * config.clips_per_shard, (index + 1) * config.clips_per_shard)
         items.append({"part": index, "rows": json.dumps([dataclasses.asdict(row) for row in rows])})
     with connect(address=config.address or None):
-        progress = Progress(num_parts, done)
-        for result in _results(config, spec, items):
-            if result["error"]:
-                raise UserError(result["error"])
-            progress.add(result["clips"])
+        follow(_results(config, spec, items), num_parts, num_parts - len(todo))
 
 
-def _results(config: PrepareConfig, spec: DatasetSpec, items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _results(config: PrepareConfig, spec: DatasetSpec, items: list[dict[str, Any]]) -> Rows:
     """Run all parts on the cluster: a row of figures for each, as it is done."""
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one block, so one task, a part
     if config.latents == BlockTransform.name:
-        done = dataset.map_batches(
-            PartWorker(config, spec, "cpu"),
-            batch_size=1,
-            compute=ray.data.TaskPoolStrategy(size=config.tasks or None),
-            num_cpus=1,
-        )
-    else:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        workers = config.tasks or gpus or int(ray.cluster_resources()["CPU"])
-        done = dataset.map_batches(
-            PartWorker,
-            fn_constructor_args=(config, spec, "cuda" if gpus else "cpu"),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(workers, len(items))),
-            num_gpus=1 if gpus else 0,
-            num_cpus=1,
-        )
+        yield from as_tasks(PartWorker(config, spec, "cpu"), items, config.tasks)
+        return
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    workers = config.tasks or gpus or int(ray.cluster_resources()["CPU"])
+    done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        PartWorker,
+        fn_constructor_args=(config, spec, "cuda" if gpus else "cpu"),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(workers, len(items))),
+        num_gpus=1 if gpus else 0,
+        num_cpus=1,
+    )
     yield from done.iter_rows()
 
 
-class Progress:
-    """Lines such as `parts 12/80  1,530 clips  41.2 clips/s  ETA 3m20s`, one every few seconds."""
-
-    def __init__(self, num_parts: int, done: int):
-        self.num_parts, self.done, self.done_before, self.clips = num_parts, done, done, 0
-        self.started = self.printed = time.monotonic()
-
-    def add(self, clips: int) -> None:
-        self.done, self.clips = self.done + 1, self.clips + clips
-        now = time.monotonic()
-        if now - self.printed < PROGRESS_SECONDS and self.done < self.num_parts:
-            return
-        self.printed, elapsed = now, now - self.started
-        left = round(elapsed / (self.done - self.done_before) * (self.num_parts - self.done))
-        eta = f"{left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s"
-        rate = self.clips / elapsed
-        print(f"parts {self.done}/{self.num_parts}  {self.clips:,} clips  {rate:.1f} clips/s  ETA {eta}", flush=True)
-
-
 def _print_summary(manifest: Manifest, seconds: float) -> None:
-    rejects = parts.count_rejects(Path(manifest.root))
+    rejects = Counter(reject.reason for reject in parts.read_rejects(Path(manifest.root)))
     size = int(manifest.files["bytes"].to_numpy().sum())
     rows = [("dataset", manifest.root), ("clips", f"{manifest.num_clips:,}"), ("rejected", f"{manifest.rejected:,}")]
     rows += [(f"  {reason}", f"{count:,}") for reason, count in rejects.most_common()]
@@ -213,8 +180,7 @@ def _print_summary(manifest: Manifest, seconds: float) -> None:
         ("fingerprint", manifest.fingerprint),
         ("seconds", f"{seconds:.1f}"),
     ]
-    for name, value in rows:
-        print(f"{name:<18}{value}", flush=True)
+    print_table(rows)
 
 
 def main() -> None:

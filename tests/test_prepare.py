@@ -29,7 +29,8 @@ from fvlm.data.synthetic import FRAMES, SMALLEST, draw, scene, write_videos
 from fvlm.data.video import read_clip
 from fvlm.errors import UserError
 from ray_jobs.cli import run_command
-from ray_jobs.prepare import PartWorker, PrepareConfig, Progress
+from ray_jobs.part_tasks import Progress
+from ray_jobs.prepare import PartWorker, PrepareConfig
 from ray_jobs.prepare import prepare as run_prepare
 
 SMALL = ("--num-frames", "4", "--frame-size", "32", "--clips-per-shard", "2", "--codec", "png")

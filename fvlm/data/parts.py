@@ -1,6 +1,6 @@
-"""Preparing a dataset part by part. A part is a fixed slice of the captions table and becomes one shard.
+"""Preparing a dataset part by part. A part is a fixed slice of the source and becomes one shard.
 
-    prepare.json         settings and the captions' hash, written first: what may be continued, and with what
+    prepare.json         settings and the source's hash, written first: what may be continued, and with what
     _parts/00017.json    part 17 is done: its entry for the manifest and what it rejected
     shard-00017.parquet  its clips (absent when it has none)
 
@@ -16,7 +16,7 @@ import fcntl
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,12 @@ SETTINGS = "prepare.json"
 
 @dataclass(frozen=True)
 class Reject:
-    """A row of the captions table that did not become a clip; one line of rejects.jsonl."""
+    """What did not become a clip, and why; one line of rejects.jsonl.
 
-    row: int
+    row: of the captions table, or index in the source's shard; None where a whole file is meant
+    """
+
+    row: int | None
     clip_id: str
     reason: str
     detail: str
@@ -46,7 +49,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class Part:
-    """What came of one part. `file` is None when no row of it was usable."""
+    """What came of one part. `file` is None when nothing in it was usable."""
 
     file: ShardFile | None
     rejects: tuple[Reject, ...]
@@ -65,36 +68,49 @@ def sidecar(root: Path, index: int) -> Path:
     return root / PARTS / f"{index:05d}.json"
 
 
-def prepare_part(root: Path, videos: Path, index: int, rows: list[Row], spec: DatasetSpec, codec: LatentCodec) -> Part:
-    """Make part `index` of the dataset in `root` out of `rows`, and record it. Holds one row group of clips in memory.
+def shard_path(root: Path, index: int) -> Path:
+    return root / f"shard-{index:05d}.parquet"
 
-    Raises UserError (disk full, unreadable file); then there is neither a shard nor a record of this part.
+
+def write_part(root: Path, index: int, spec: DatasetSpec, clips: Iterable[EncodedClip | Reject]) -> Part:
+    """Make part `index` of the dataset in `root` out of `clips`, and record it. Holds one row group in memory.
+
+    Raises UserError when the disk is full, and whatever `clips` raises; then there is no record of this part.
     """
     rejects = []
-    path = root / f"shard-{index:05d}.parquet"
     with contextlib.ExitStack() as stack:
         writer = None
-        for row in rows:
-            if row.refused:
-                rejects.append(Reject(row.number, row.clip_id, *row.refused))
+        for clip in clips:
+            if isinstance(clip, Reject):
+                rejects.append(clip)
                 continue
-            try:
-                clip = _clip(row, videos, spec, codec)
-            except RejectedVideo as error:
-                rejects.append(Reject(row.number, row.clip_id, error.reason, error.detail))
-                continue
-            writer = writer or stack.enter_context(ShardWriter(path, spec))  # a shard needs at least one clip
+            # a shard needs at least one clip
+            writer = writer or stack.enter_context(ShardWriter(shard_path(root, index), spec))
             writer.add(clip)
     part = Part(writer.file if writer else None, tuple(rejects))
     write_atomic(sidecar(root, index), part.to_json())
     return part
 
 
-def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec) -> EncodedClip:
+def prepare_part(root: Path, videos: Path, index: int, rows: list[Row], spec: DatasetSpec, codec: LatentCodec) -> Part:
+    """Make part `index` of the dataset in `root` out of `rows` of the captions table.
+
+    Raises UserError (disk full, unreadable file).
+    """
+    return write_part(root, index, spec, (_clip(row, videos, spec, codec) for row in rows))
+
+
+def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec) -> EncodedClip | Reject:
+    if row.refused:
+        return Reject(row.number, row.clip_id, *row.refused)
     file = next((file for file in row.files if (videos / file).is_file()), None)
     if file is None:
-        raise RejectedVideo("missing", f"no such file in the folder of videos: {' or '.join(row.files)}")
-    frames, source = read_clip(videos / file, spec.num_frames, spec.frame_size, spec.resize)
+        absent = f"no such file in the folder of videos: {' or '.join(row.files)}"
+        return Reject(row.number, row.clip_id, "missing", absent)
+    try:
+        frames, source = read_clip(videos / file, spec.num_frames, spec.frame_size, spec.resize)
+    except RejectedVideo as error:
+        return Reject(row.number, row.clip_id, error.reason, error.detail)
     return EncodedClip(
         row.clip_id,
         row.caption,
@@ -176,10 +192,10 @@ def completed(root: Path) -> Manifest | None:
     return read_manifest(root)
 
 
-def finish(root: Path, spec: DatasetSpec, num_parts: int, captions: Path) -> Manifest:
+def finish(root: Path, spec: DatasetSpec, num_parts: int, source: Path, unit: str = "rows") -> Manifest:
     """All parts are done: rejects.jsonl, then the manifest, then `_parts` goes.
 
-    Raises UserError, and leaves nothing behind, when no clip came out of any part.
+    Raises UserError, and leaves nothing behind, when no clip came out of any part of `source`, a thing of `unit`.
     """
     parts = [Part.from_json(sidecar(root, index).read_text()) for index in range(num_parts)]
     rejects = [reject for part in parts for reject in part.rejects]
@@ -188,7 +204,7 @@ def finish(root: Path, spec: DatasetSpec, num_parts: int, captions: Path) -> Man
         discard(root)
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).most_common())
         raise UserError(
-            f"{captions}: none of its {len(rejects)} rows became a clip: {reasons} "
+            f"{source}: none of its {len(rejects)} {unit} became a clip: {reasons} "
             f"(the first: {rejects[0].clip_id or 'row 0'}: {rejects[0].detail})."
         )
     _sweep(root)
@@ -207,7 +223,8 @@ def discard(root: Path) -> None:
         root.rmdir()
 
 
-def count_rejects(root: Path) -> Counter[str]:
-    """Rejected rows of a finished dataset, by reason."""
+def read_rejects(root: Path) -> Iterator[Reject]:
+    """What a finished dataset does not hold, and why, in the order of the source."""
     with (root / REJECTS).open() as lines:
-        return Counter(json.loads(line)["reason"] for line in lines)
+        for line in lines:
+            yield Reject(**json.loads(line))

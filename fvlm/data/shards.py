@@ -1,4 +1,7 @@
-"""Shards: written so that a half-written one is never seen, read so that a wrong byte is never delivered."""
+"""Shards: written so that a half-written one is never seen, read so that a wrong byte is never delivered.
+
+`python -m fvlm.data.shards DIR` shows what a dataset holds (`fvlm/data/describe.py`).
+"""
 
 from __future__ import annotations
 
@@ -185,9 +188,11 @@ def open_shard(path: Path, spec: DatasetSpec) -> pq.ParquetFile:
     return shard
 
 
-def read_rows(shard: pq.ParquetFile, path: Path, group: int, frames: Sequence[int]) -> pa.Table:
-    """One row group: clip_id, caption and the columns of `frames` only. A flipped byte is an error, never data."""
-    columns = ["clip_id", "caption", *map(frame_column, frames), *map(latent_column, frames)]
+def read_rows(
+    shard: pq.ParquetFile, path: Path, group: int, frames: Sequence[int], extra: Sequence[str] = ()
+) -> pa.Table:
+    """One row group: clip_id, caption, `extra` columns, those of `frames`. A flipped byte is an error, never data."""
+    columns = ["clip_id", "caption", *extra, *map(frame_column, frames), *map(latent_column, frames)]
     try:
         return shard.read_row_group(group, columns=columns, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
@@ -217,3 +222,9 @@ def check_shards(manifest: Manifest) -> None:
         groups = [shard.metadata.row_group(g).num_rows for g in range(shard.num_row_groups)]
         if groups != manifest.files["row_groups"][int(index)].as_py():
             raise UserError(f"{root / names[index]}: its row groups are not those of the manifest. Restore it.")
+
+
+if __name__ == "__main__":
+    from fvlm.data.describe import command
+
+    command()

@@ -1,0 +1,72 @@
+"""The parts of a dataset as tasks on the cluster, and the lines that tell how far they are."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import ray.data
+
+from fvlm.data import parts
+from fvlm.errors import UserError
+
+Rows = Generator[dict[str, Any], None, None]
+
+PROGRESS_SECONDS = 5.0
+
+
+def unfinished(out: Path, num_parts: int) -> list[int]:
+    """The parts that have no record yet. Says so when there are others."""
+    todo = [index for index in range(num_parts) if not parts.is_done(out, index)]
+    if len(todo) < num_parts:
+        print(f"continuing: {num_parts - len(todo)} of {num_parts} parts are done", flush=True)
+    return todo
+
+
+def as_tasks(work: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]], tasks: int) -> Rows:
+    """Run `work` on every item, `tasks` at a time (0: as many as there are CPUs): a row of figures as each is done."""
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one block, so one task, an item
+    done = dataset.map_batches(work, batch_size=1, compute=ray.data.TaskPoolStrategy(size=tasks or None), num_cpus=1)
+    yield from done.iter_rows()
+
+
+def follow(rows: Rows, num_parts: int, done: int = 0) -> list[dict[str, Any]]:
+    """All rows, with a line of progress every few seconds. Raises UserError for the first that holds an error.
+
+    Tasks return their UserErrors as a value: as an exception one would arrive under pages of Ray's own traces.
+    """
+    progress, seen = Progress(num_parts, done), []
+    with contextlib.closing(rows):  # an execution that outlives the cluster's connection hangs at the end
+        for row in rows:
+            if row["error"]:
+                raise UserError(row["error"])
+            progress.add(row["clips"])
+            seen.append(row)
+    return seen
+
+
+class Progress:
+    """Lines such as `parts 12/80  1,530 clips  41.2 clips/s  ETA 3m20s`, one every few seconds."""
+
+    def __init__(self, num_parts: int, done: int):
+        self.num_parts, self.done, self.done_before, self.clips = num_parts, done, done, 0
+        self.started = self.printed = time.monotonic()
+
+    def add(self, clips: int) -> None:
+        self.done, self.clips = self.done + 1, self.clips + clips
+        now = time.monotonic()
+        if now - self.printed < PROGRESS_SECONDS and self.done < self.num_parts:
+            return
+        self.printed, elapsed = now, now - self.started
+        left = round(elapsed / (self.done - self.done_before) * (self.num_parts - self.done))
+        eta = f"{left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s"
+        rate = self.clips / elapsed
+        print(f"parts {self.done}/{self.num_parts}  {self.clips:,} clips  {rate:.1f} clips/s  ETA {eta}", flush=True)
+
+
+def print_table(rows: Iterable[tuple[str, object]]) -> None:
+    for name, value in rows:
+        print(f"{name:<18}{value}", flush=True)
