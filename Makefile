@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint clean help
+.PHONY: demo test lint bench-ingest bench-convert clean help
 
 help:
-	@echo "make demo   train a tiny model on generated videos, end to end, with a restart in the middle"
-	@echo "make test   lint, type check, and every test"
-	@echo "make clean  remove what the targets made (the environment too)"
+	@echo "make demo            train a tiny model on generated videos, end to end, with a restart in the middle"
+	@echo "make test            lint, type check, and every test"
+	@echo "make bench-ingest   video loaders side by side (ARGS='--clips 2000 --rounds 3 --json FILE')"
+	@echo "make bench-convert  a real 1 GB shard of the earlier trainer: seconds, memory, bytes"
+	@echo "make clean          remove what the targets made (the environment too)"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,5 +30,11 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest
 
+bench-ingest: $(READY)
+	$(BIN)/python tests/benchmarks/ingest $(ARGS)
+
+bench-convert: $(READY)
+	$(BIN)/python tests/benchmarks/convert.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) demo-out *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) build demo-out *.egg-info .mypy_cache .ruff_cache
