@@ -106,9 +106,7 @@ class ScaleConfig:
     """Ranks. Free to change between restarts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_worker: float = 1.0
-    """CPUs that Ray reserves for one rank; the others decode."""
-    threads: int = 0
-    """Threads of one rank that computes on CPUs; 0: the machine's cores, shared by its ranks."""
+    """CPUs that Ray reserves for one rank, and threads it computes with where there is no GPU; the others decode."""
     max_failures: int = 3
     """Worker deaths that one start of the command survives."""
 
@@ -223,7 +221,6 @@ def validate(config: Config) -> Config:
         "objective.lambda_recon": config.objective.lambda_recon,
         "data.decode_tasks": data.decode_tasks,
         "scale.max_failures": config.scale.max_failures,
-        "scale.threads": config.scale.threads,
         "scale.cpus_per_worker": config.scale.cpus_per_worker,
     }.items():
         _require(value >= 0, f"--{key.replace('_', '-')} is {value}; it must not be negative.")

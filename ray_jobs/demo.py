@@ -44,7 +44,7 @@ class Demo:
     """Training videos."""
     held_out: int = 32
     """Videos that are never trained on."""
-    steps: int = 300
+    steps: int = 220
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ class Takeover:
         paths = f"--run run --runs-dir {folder} --data.path {self.folder / 'data'} --import-checkpoint {latest}"
         data = f"--data.frame-size {self.expected['frame_size']} --data.lanes {self.clips} --data.window-steps {WINDOW}"
         train = f"--train.precision fp32 --train.log-every 1 --train.max-steps {self.first + steps}"
-        small = "--objective.coarse-every 1 --scale.threads 1 --log.wandb off"
+        small = "--objective.coarse-every 1 --log.wandb off"
         return ["joint_multifine", *self.architecture(), *f"{paths} {data} {train} {small}".split()]
 
     def batch(self, step: dict[str, Any]) -> Batch:

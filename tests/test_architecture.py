@@ -117,7 +117,7 @@ OPTIONS = """
     --optim.lr --optim.weight-decay --optim.beta1 --optim.beta2 --optim.eps --optim.warmup-steps --optim.grad-clip
     --train.max-steps --train.seed --train.precision --train.log-every --train.save-every --train.keep-last
     --train.milestones --train.ratio-window
-    --scale.workers --scale.device --scale.cpus-per-worker --scale.threads --scale.max-failures
+    --scale.workers --scale.device --scale.cpus-per-worker --scale.max-failures
     --log.wandb-project --log.wandb
 """.split()  # noqa: SIM905  (a list is four times as long)
 

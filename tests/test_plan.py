@@ -23,10 +23,11 @@ SHAPES = [
 ]
 
 
-def make_plan(rows, global_batch=4, lanes=4, window_steps=4, seed=0, dataset="") -> Plan:
+def make_plan(rows, global_batch=4, lanes=4, window_steps=4, seed=0, dataset="", origin=0) -> Plan:
     """`dataset` stands for a fingerprint: other row groups must not have the same."""
     rows = np.array(rows, np.int32)
-    return Plan(rows, seed, global_batch, lanes, window_steps, dataset or hashlib.sha256(rows.tobytes()).hexdigest())
+    dataset = dataset or hashlib.sha256(rows.tobytes()).hexdigest()
+    return Plan(rows, seed, global_batch, lanes, window_steps, dataset, origin)
 
 
 def steps(plan: Plan, start: int, stop: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, int]]]:
@@ -94,6 +95,15 @@ def test_resuming_after_any_step_gives_exactly_the_rest(shape):
         assert steps(plan, k, stop) == whole[k:]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_run_taken_over_at_some_step_has_a_plan_that_begins_there(shape):
+    plan, later = make_plan(*shape), make_plan(*shape, origin=23)
+    stop = 2 * plan.steps_per_epoch
+    assert steps(later, 23, 23 + stop) == steps(plan, 0, stop)
+    assert steps(later, 24, 23 + stop) == steps(plan, 1, stop)
+    assert later.epochs(23) == 0 and later.epochs(23 + stop) == 2
+
+
 def test_windows_end_where_windows_and_epochs_of_the_plan_end():
     plan = make_plan([4] * 11, 4, 4, 4)  # 11 steps an epoch: windows of 4, 4 and 3
     assert list(plan.windows(0, 24)) == [(0, 4), (4, 8), (8, 11), (11, 15), (15, 19), (19, 22), (22, 24)]
@@ -144,7 +154,8 @@ def test_memory_and_time_do_not_grow_with_the_clips():
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"global_batch": 8}, {"lanes": 2}, {"window_steps": 5}, {"dataset": "another"}]
+    "change",
+    [{"seed": 1}, {"global_batch": 8}, {"lanes": 2}, {"window_steps": 5}, {"dataset": "another"}, {"origin": 3}],
 )
 def test_the_fingerprint_tells_apart_whatever_changes_the_order(change):
     base = {"global_batch": 4, "lanes": 4, "window_steps": 4, "seed": 0, "dataset": "d"}

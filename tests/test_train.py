@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {
     "data.frame-size": 56, "data.global-batch": 4, "data.lanes": 4, "data.window-steps": 4,
     "train.max-steps": STEPS, "train.save-every": SAVE_EVERY, "train.log-every": 1, "log.wandb": "off",
-    "scale.device": "cpu", "scale.threads": 1,
+    "scale.device": "cpu",
 }  # fmt: skip
 LOSSES = ("caption/loss_fine", "recon/loss_fine", "caption/loss_coarse", "recon/loss_coarse", "train/grad_norm")
 PATIENCE = 240.0

@@ -26,6 +26,8 @@ ESTIMATE_MARGIN = 1.1
 SAME_PICTURE_DB = 99.0
 """PSNR of identical pictures, which by the formula is infinite."""
 
+_AGAIN = "Delete the dataset's folder and convert again."
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -87,7 +89,7 @@ class Conversion:
         """Compare shard `index` with its source. Raises UserError that names the first clip that is not the same."""
         path = shard_path(root, index)
         rows = self._stored(path) if path.exists() else iter(())
-        clips, rejected, worst_clip = 0, 0, ""
+        clips, rejected, worst_clip, least = 0, 0, "", math.inf
         psnr: list[float] = []
         for sample in self.samples(files):
             if isinstance(sample, Reject):
@@ -97,8 +99,8 @@ class Conversion:
             if row is None:
                 raise UserError(f"{path}: clip {sample.clip_id} of the source is not in it. {_AGAIN}")
             found = self._compare(sample, row, path)
-            if found and min(found) < min(psnr, default=math.inf):
-                worst_clip = sample.clip_id
+            if found and min(found) < least:
+                worst_clip, least = sample.clip_id, min(found)
             psnr += found
             clips += 1
         left = next(rows, None)
@@ -139,9 +141,6 @@ class Conversion:
             elif not np.array_equal(picture(sample, t), stored):
                 raise UserError(f"{where}: frame {t} differs from the source. {_AGAIN}")
         return psnr
-
-
-_AGAIN = "Delete the dataset's folder and convert again."
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class DatasetSpec:
     latent_codec: str
     latent_dtype: LatentDtype
     latent_shape: tuple[int, int, int]
-    jpeg_quality: int = 85
+    jpeg_quality: int = 90
     jpeg_subsampling: Literal["444", "422", "420"] = "444"
     rows_per_row_group: int = 16
     format_version: int = FORMAT_VERSION
