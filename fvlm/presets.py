@@ -40,7 +40,7 @@ def demo() -> Config:
         objective=ObjectiveConfig(coarse_every=5),
         data=DataConfig(frame_size=112, global_batch=8, lanes=8, window_steps=8, max_caption_tokens=24),
         optim=OptimConfig(lr=1e-3, warmup_steps=20),
-        train=TrainConfig(max_steps=220, precision="fp32", log_every=5, save_every=50, milestones=(), ratio_window=20),
+        train=TrainConfig(max_steps=160, precision="fp32", log_every=5, save_every=50, milestones=(), ratio_window=20),
         log=LogConfig(wandb_project="fvlm-demo"),
     )
 

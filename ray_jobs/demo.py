@@ -44,7 +44,7 @@ class Demo:
     """Training videos."""
     held_out: int = 32
     """Videos that are never trained on."""
-    steps: int = 220
+    steps: int = 160
 
 
 def main() -> None:
