@@ -68,9 +68,18 @@ def prepared(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_real_videos_give_8_clips_and_6_counted_rejects(shared_videos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "dataset"
-    done = prepare(shared_videos, shared_videos / "captions.csv", out)
+Done = tuple[Path, subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def real(shared_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The dataset of the real videos, by the command with its defaults, and what the command said."""
+    out = tmp_path_factory.mktemp("real") / "dataset"
+    return out, prepare(shared_videos, shared_videos / "captions.csv", out)
+
+
+def test_real_videos_give_8_clips_and_6_counted_rejects(shared_videos: Path, real: Done) -> None:
+    out, done = real
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(out)
     check_shards(manifest)
@@ -100,6 +109,19 @@ def test_real_videos_give_8_clips_and_6_counted_rejects(shared_videos: Path, tmp
     decode_clips([table[frame_column(23)].to_pylist()], stored, manifest.spec)
     shown, _ = read_clip(shared_videos / "bikes.mp4", 250, size, "short-side")
     assert np.abs(stored[list(kept).index("bikes.mp4"), 0].astype(int) - shown[-1]).mean() < 4
+
+
+def test_twenty_steps_on_the_real_clips_lower_the_caption_loss(real: Done, tmp_path: Path) -> None:
+    options = "--data.frame-size 256 --data.num-frames 4 --data.global-batch 4 --data.lanes 4 --train.max-steps 20"
+    more = ["--data.path", str(real[0]), "--runs-dir", str(tmp_path), "--log.wandb", "off", *options.split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_jobs.train", "demo", *more], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["caption/loss_fine"] for row in rows]
+    assert len(losses) == 20
+    assert np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])  # two steps are one epoch: each clip once
 
 
 def spec(num_frames: int) -> DatasetSpec:
