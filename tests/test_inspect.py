@@ -54,7 +54,7 @@ def test_it_says_what_is_inside_and_needs_no_ray(dataset: Manifest) -> None:
         "clips": "22",
         "stored frames T": "8",
         "frame size": "56 px (as-is)",
-        "frame codec": "jpeg, quality 85, 444",
+        "frame codec": f"jpeg, quality {dataset.spec.jpeg_quality}, {dataset.spec.jpeg_subsampling}",
         "latents": "test-noise, float16 [4, 7, 7]",
         "bytes": f"{size:,}",
         "bytes a clip": f"{size / 22:,.0f}",
