@@ -163,14 +163,18 @@ def write_dataset(takeover: Takeover) -> None:
     The plan is not replaced: rows are laid where it will look. A clip that was taken twice has a row for each time.
     """
     steps, share = takeover.expected["steps"], takeover.clips
-    groups = len(steps) * share // ROWS_PER_GROUP
-    plan = Plan(np.full(groups, ROWS_PER_GROUP), 0, share, share, WINDOW, "", origin=takeover.first)
+    clips = len(steps) * share
+    shard_rows = np.array([clips // 2, clips - clips // 2])
+    plan = Plan(shard_rows, ROWS_PER_GROUP, 0, share, share, WINDOW, "", origin=takeover.first)
     assert plan.steps_per_epoch == len(steps)
-    places: dict[tuple[int, int], tuple[str, int]] = {}
+    stored: dict[tuple[int, int], tuple[str, int]] = {}
+    """(shard, row in the shard) -> clip id, number."""
     for lo, hi in plan.windows(takeover.first, takeover.first + len(steps)):
-        for step, where, rows in zip(range(lo, hi), *plan.rows(lo, hi), strict=True):
-            for number, place in zip(steps[step - takeover.first]["clips"], zip(where, rows, strict=True), strict=True):
-                places[place] = (f"step-{step}-clip-{number}", number)
+        places = plan.rows(lo, hi)
+        rows = places.group * ROWS_PER_GROUP + places.row
+        for step, where in zip(range(lo, hi), np.stack([places.shard, rows], axis=-1).tolist(), strict=True):
+            for number, (shard, row) in zip(steps[step - takeover.first]["clips"], where, strict=True):
+                stored[shard, row] = (f"step-{step}-clip-{number}", number)
     latent = takeover.samples[0]["latents"]
     spec = DatasetSpec(
         STORED, takeover.expected["frame_size"], "png", "as-is", "sd-vae-ft-mse", "bfloat16", tuple(latent.shape[1:]),
@@ -183,10 +187,10 @@ def write_dataset(takeover: Takeover) -> None:
     root = takeover.folder / "data"
     root.mkdir()
     files = []
-    for shard, part in enumerate(np.array_split(np.arange(groups), 2)):
+    for shard, rows in enumerate(shard_rows.tolist()):
         with ShardWriter(root / f"shard-{shard:05d}.parquet", spec) as writer:
-            for place in ((group, row) for group in part for row in range(ROWS_PER_GROUP)):
-                clip_id, number = places[place]
+            for row in range(rows):
+                clip_id, number = stored[shard, row]
                 sample = takeover.samples[number]
                 bits = sample["latents"].contiguous().view(torch.uint8).reshape(STORED, -1).numpy()
                 writer.add(EncodedClip(clip_id, sample["caption"], encoded[number], bits, {"clip": number}))

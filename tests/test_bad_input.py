@@ -197,7 +197,7 @@ def test_a_shard_that_is_not_what_the_manifest_says_is_refused_by_name(refusal, 
     other = make_spec(**changes)
     foreign = write_shard(shard, other, range(8, 16))
     kept = [
-        ShardFile(path.name, 8, path.stat().st_size, sha256_file(path), (4, 4))
+        ShardFile(path.name, 8, path.stat().st_size, sha256_file(path))
         for path in (data / "shard-00000.parquet", data / "shard-00002.parquet")
     ]
     write_manifest(data, make_spec(), [kept[0], foreign, kept[1]], rejected=0)

@@ -6,7 +6,6 @@ import io
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -72,14 +71,10 @@ def test_it_says_what_is_inside_and_needs_no_ray(dataset: Manifest) -> None:
 def test_what_was_rejected_is_counted_by_reason(dataset: Manifest) -> None:
     root = Path(dataset.root)
     files = [pq.read_table(root / "files.parquet").to_pylist()[0]]
-    write_manifest(root, dataset.spec, [shard_file(file) for file in files], rejected=3)
+    write_manifest(root, dataset.spec, [ShardFile(**file) for file in files], rejected=3)
     (root / "rejects.jsonl").write_text('{"reason": "damaged"}\n{"reason": "missing"}\n{"reason": "damaged"}\n')
     done = look(root)
     assert "rejected          3\n  damaged         2\n  missing         1\n" in done.stdout
-
-
-def shard_file(row: dict[str, Any]) -> ShardFile:
-    return ShardFile(**row | {"row_groups": tuple(row["row_groups"])})
 
 
 def test_verify_names_every_damaged_file_and_only_verify_reads_the_frames(dataset: Manifest) -> None:
@@ -107,7 +102,7 @@ def test_verify_notices_a_whole_shard_in_the_place_of_another(dataset: Manifest)
     (root / "shard-00001.parquet").write_bytes(content)
     files = pq.read_table(root / "files.parquet").to_pylist()
     files[1]["bytes"] = len(content)
-    write_manifest(root, dataset.spec, [shard_file(file) for file in files], rejected=0)
+    write_manifest(root, dataset.spec, [ShardFile(**file) for file in files], rejected=0)
     done = look(root, "--verify")
     assert done.returncode == 2
     assert done.stderr.splitlines()[1:] == [f"{root}/shard-00001.parquet: its SHA-256 is not that of the manifest"]

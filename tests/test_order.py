@@ -25,6 +25,7 @@ from ray import cloudpickle
 from fvlm.config import Config, DataConfig, ScaleConfig
 from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader, RawBatch
+from fvlm.data.schema import Manifest
 from fvlm.data.shards import ShardWriter, write_manifest
 from fvlm.errors import UserError
 from ray_jobs.cluster import connect
@@ -67,12 +68,17 @@ def cluster() -> Iterator[None]:
         yield
 
 
+def plan_of(manifest: Manifest, global_batch: int, lanes: int, window_steps: int) -> Plan:
+    size = manifest.spec.rows_per_row_group
+    return Plan(manifest.shard_rows, size, 0, global_batch, lanes, window_steps, manifest.fingerprint)
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> ClipReader:
     manifest = write_dataset(tmp_path_factory.mktemp("order"), clips=CLIPS, stored_frames=STORED)
-    assert len(set(manifest.row_group_rows.tolist())) > 1  # uneven row groups
-    plan = Plan(manifest.row_group_rows, 0, GLOBAL_BATCH, LANES, WINDOW, manifest.fingerprint)
-    return ClipReader(manifest, plan, len(USED))
+    rows = manifest.shard_rows % manifest.spec.rows_per_row_group
+    assert rows.any() and len(set(manifest.shard_rows.tolist())) > 1  # short row groups, uneven shards
+    return ClipReader(manifest, plan_of(manifest, GLOBAL_BATCH, LANES, WINDOW), len(USED))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +196,7 @@ def test_ranks_that_wait_for_each_other_never_starve(cluster, tmp_path):
         for index in range(8 * 48):
             writer.add(dataclasses.replace(clip, clip_id=f"clip-{index}"))
     manifest = write_manifest(tmp_path, spec, [writer.file], 0)
-    reader = ClipReader(manifest, Plan(manifest.row_group_rows, 0, 8, 2, 48, manifest.fingerprint), 2)
+    reader = ClipReader(manifest, plan_of(manifest, 8, 2, 48), 2)
     config = Config(data=DataConfig(prefetch_batches=1), scale=ScaleConfig(workers=2, cpus_per_worker=0.5))
     shared_out = with_tasks_shared_out(config)
     assert shared_out.decode_tasks == 1 and cpus_needed(config) == 3  # of 4 CPUs
@@ -209,6 +215,6 @@ def test_a_damaged_row_group_ends_the_stream_with_its_name_and_not_with_other_cl
     data = bytearray(shard.read_bytes())
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 0xFF
     shard.write_bytes(data)
-    reader = ClipReader(manifest, Plan(manifest.row_group_rows, 0, 4, 4, 4, manifest.fingerprint), len(USED))
+    reader = ClipReader(manifest, plan_of(manifest, 4, 4, 4), len(USED))
     with pytest.raises(UserError, match=r"shard-00001\.parquet: row group 1 cannot be read; damaged"):
         rank_clips(reader, 0, 4)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import multiprocessing
 import os
 import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from fvlm.data.decode import decode_clips, encode_frame
-from fvlm.data.schema import DatasetSpec, EncodedClip, Manifest, frame_column, latent_column
+from fvlm.data.describe import caption_lengths
+from fvlm.data.plan import Plan
+from fvlm.data.read import ClipReader
+from fvlm.data.schema import DatasetSpec, EncodedClip, Manifest, ShardFile, frame_column, latent_column
 from fvlm.data.shards import ShardWriter, check_shards, open_shard, read_manifest, read_rows, write_manifest
 from fvlm.errors import UserError
+from fvlm.files import sha256_file
 
 SPEC = DatasetSpec(
     num_frames=6,
@@ -61,7 +67,10 @@ def read_all(root: Path) -> None:
 
 def test_what_is_read_is_what_was_written_to_the_bit(tmp_path: Path) -> None:
     manifest = write_dataset(tmp_path)
-    assert manifest.num_clips == 20 and manifest.row_group_rows.tolist() == [4, 4, 2, 4, 4, 2]
+    assert manifest.num_clips == 20 and manifest.shard_rows.tolist() == [10, 10]
+    for name in manifest.files["name"].to_pylist():
+        footer = pq.ParquetFile(tmp_path / name).metadata
+        assert [footer.row_group(group).num_rows for group in range(3)] == [4, 4, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "files.parquet", "manifest.json", "shard-00000.parquet", "shard-00001.parquet",
     ]  # fmt: skip
@@ -203,6 +212,64 @@ def test_a_shard_of_another_dataset_is_refused_with_the_difference(tmp_path: Pat
     manifest = dataclasses.replace(read_manifest(tmp_path), spec=other)
     with pytest.raises(UserError, match=rf"shard-00000.parquet: .*{next(iter(change))}"):
         check_shards(manifest)
+
+
+def regroup(path: Path, sizes: list[int]) -> ShardFile:
+    """Write the shard's clips again in row groups of these sizes -> its new line of the list of files."""
+    table = pq.read_table(path)
+    with pq.ParquetWriter(path, table.schema, compression="none", write_page_checksum=True) as writer:
+        for size, end in zip(sizes, np.cumsum(sizes).tolist(), strict=True):
+            writer.write_table(table.slice(end - size, size), row_group_size=size)
+    return ShardFile(path.name, sum(sizes), path.stat().st_size, sha256_file(path))
+
+
+def read_with_plan(manifest: Manifest) -> None:
+    """One epoch of training's reads."""
+    plan = Plan(manifest.shard_rows, manifest.spec.rows_per_row_group, 0, 2, 1, 100, manifest.fingerprint)
+    list(ClipReader(manifest, plan, 2).read(0, plan.steps_per_epoch))
+
+
+@pytest.mark.parametrize("sizes, had", [([4, 2, 4], "2, 4"), ([5, 5], "5"), ([10], "10"), ([2, 4, 4], "2, 4")])
+def test_row_groups_other_than_the_plan_takes_them_for_are_refused(tmp_path: Path, sizes: list[int], had: str) -> None:
+    """The plan computes where a clip lies. Were a group in the middle short, it would read other clips, or none."""
+    files = [ShardFile(**file) for file in write_dataset(tmp_path).files.to_pylist()]
+    path = tmp_path / "shard-00001.parquet"
+    manifest = write_manifest(tmp_path, SPEC, [files[0], regroup(path, sizes)], rejected=0)
+    wanted = rf"shard-00001.parquet: its row groups have {had} rows, .* must have 4 \(.*\. Restore"
+    for look in (check_shards, read_with_plan):
+        with pytest.raises(UserError, match=wanted):
+            look(manifest)
+    read_with_plan(write_manifest(tmp_path, SPEC, [files[0], regroup(path, [4, 4, 2])], rejected=0))
+
+
+@pytest.mark.parametrize("rows", [9, 11, 8])
+def test_other_rows_than_the_manifest_says_are_refused(tmp_path: Path, rows: int) -> None:
+    files = [ShardFile(**file) for file in write_dataset(tmp_path).files.to_pylist()]
+    wrong = dataclasses.replace(files[1], rows=rows)
+    manifest = write_manifest(tmp_path, SPEC, [files[0], wrong], rejected=0)
+    for look in (check_shards, read_with_plan, caption_lengths):
+        with pytest.raises(UserError, match=rf"shard-00001.parquet: 10 rows, but the manifest says {rows}\. Restore"):
+            look(manifest)
+
+
+def test_a_start_opens_a_few_shards_evenly_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write_dataset(tmp_path, shards=9, clips=1)
+    opened = []
+    monkeypatch.setattr("fvlm.data.shards.FOOTERS_CHECKED_AT_START", 3)
+    monkeypatch.setattr("fvlm.data.shards.open_shard", lambda path, *_: opened.append(path.name))
+    check_shards(manifest)
+    assert opened == [f"shard-{number:05d}.parquet" for number in (0, 4, 8)]
+
+
+def test_a_list_of_files_with_other_columns_is_refused(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    table = pq.read_table(tmp_path / "files.parquet")
+    pq.write_table(table.append_column("row_groups", pa.array([[4, 4, 2]] * 2)), tmp_path / "files.parquet")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["files_sha256"] = sha256_file(tmp_path / "files.parquet")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"files.parquet: its columns are .*row_groups.*Prepare"):
+        read_manifest(tmp_path)
 
 
 def test_another_format_version_is_refused_by_its_number(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
     spec = manifest.spec
     codec = f"jpeg, quality {spec.jpeg_quality}, {spec.jpeg_subsampling}" if spec.frame_codec == "jpeg" else "png"
     size = int(manifest.files["bytes"].to_numpy().sum())
-    groups = manifest.row_group_rows
+    rows_per_group = spec.rows_per_row_group
+    row_groups = int((-(-manifest.shard_rows // rows_per_group)).sum())
+    fullest = min(rows_per_group, int(manifest.shard_rows.max(initial=0)))
     characters, words = caption_lengths(manifest)
     rows = [
         ("dataset", manifest.root),
@@ -58,7 +60,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("bytes", f"{size:,}"),
         ("bytes a clip", f"{size / max(manifest.num_clips, 1):,.0f}"),
         ("shards", f"{manifest.files.num_rows:,}"),
-        ("row groups", f"{len(groups):,}, of at most {groups.max(initial=0)} clips"),
+        ("row groups", f"{row_groups:,}, of at most {fullest} clips"),
         ("caption length", f"{_spread(characters)} characters, {_spread(words)} words (least / median / most)"),
         ("rejected", f"{manifest.rejected:,}"),
     ]
@@ -73,10 +75,10 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
 def caption_lengths(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     """[clips] int64 each: characters and words of every caption."""
     characters, words = [], []
-    for name in manifest.files["name"].to_pylist():
-        path = Path(manifest.root) / name
+    for file in manifest.files.to_pylist():
+        path = Path(manifest.root) / file["name"]
         try:
-            captions = open_shard(path, manifest.spec).read(columns=["caption"])["caption"].to_pylist()
+            captions = open_shard(path, manifest.spec, file["rows"]).read(columns=["caption"])["caption"].to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{path}: its captions cannot be read ({error}). Restore it from a copy.") from error
         characters += [len(caption) for caption in captions]
@@ -94,7 +96,7 @@ def damage(manifest: Manifest) -> Iterator[str]:
     for file in manifest.files.to_pylist():
         path = Path(manifest.root) / file["name"]
         try:
-            shard = open_shard(path, manifest.spec)
+            shard = open_shard(path, manifest.spec, file["rows"])
             for group in range(shard.num_row_groups):
                 read_rows(shard, path, group, frames, extra=["source"])
             size = path.stat().st_size
@@ -110,16 +112,14 @@ def sample_clips(manifest: Manifest, count: int) -> list[dict[str, Any]]:
     """`count` clips, evenly spread: clip_id, caption and frames [n, S, S, 3] uint8."""
     spec = manifest.spec
     frames = even_steps(spec.num_frames, min(SHEET_FRAMES, spec.num_frames)).tolist()
-    rows_before = np.concatenate([[0], np.cumsum(manifest.files["rows"].to_numpy())])
+    rows_before = np.concatenate([[0], np.cumsum(manifest.shard_rows)])
     clips = []
     for number in even_steps(manifest.num_clips, min(count, manifest.num_clips)):
         file = int(np.searchsorted(rows_before, number, side="right")) - 1
-        groups_before = np.concatenate([[0], np.cumsum(manifest.files["row_groups"][file].as_py())])
-        row = number - rows_before[file]
-        group = int(np.searchsorted(groups_before, row, side="right")) - 1
+        group, row = divmod(int(number - rows_before[file]), spec.rows_per_row_group)
         path = Path(manifest.root) / manifest.files["name"][file].as_py()
-        table = read_rows(open_shard(path, spec), path, group, frames)
-        clip = table.slice(row - groups_before[group], 1).to_pylist()[0]
+        table = read_rows(open_shard(path, spec, int(manifest.shard_rows[file])), path, group, frames)
+        clip = table.slice(row, 1).to_pylist()[0]
         pixels = np.empty((len(frames), spec.frame_size, spec.frame_size, 3), np.uint8)
         for image, t in zip(pixels, frames, strict=True):
             try:

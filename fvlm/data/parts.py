@@ -60,7 +60,7 @@ class Part:
     @classmethod
     def from_json(cls, text: str) -> Part:
         raw = json.loads(text)
-        file = raw["file"] and ShardFile(**raw["file"] | {"row_groups": tuple(raw["file"]["row_groups"])})
+        file = raw["file"] and ShardFile(**raw["file"])
         return cls(file, tuple(Reject(**reject) for reject in raw["rejects"]))
 
 

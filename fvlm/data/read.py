@@ -58,19 +58,20 @@ class ClipReader:
 
         Raises UserError naming shard, row group, row and clip when something is damaged.
         """
-        groups, rows = self.plan.rows(lo, hi, rank, world)  # [steps, B] each
-        tables = {group: self._row_group(group) for group in np.unique(groups).tolist()}
+        places = np.stack(self.plan.rows(lo, hi, rank, world), axis=-1)  # [steps, B, 3]: shard, row group, row
+        wanted = np.unique(places[..., :2].reshape(-1, 2), axis=0)
+        tables = {(shard, group): self._row_group(shard, group) for shard, group in wanted.tolist()}
         with ThreadPoolExecutor(threads) as pool:
             ahead: tuple[RawBatch, list[Future[None]]] | None = None
-            for step, (step_groups, step_rows) in enumerate(zip(groups.tolist(), rows.tolist(), strict=True)):
-                places = list(zip(step_groups, step_rows, strict=True))
-                frames, latents = self._buffers(len(places), step % RING if reuse else None)
+            for step, clips in enumerate(places.tolist()):
+                frames, latents = self._buffers(len(clips), step % RING if reuse else None)
                 decoding = [
-                    pool.submit(self._decode, tables[g], g, r, frames[b], latents[b]) for b, (g, r) in enumerate(places)
+                    pool.submit(self._decode, tables[s, g], (s, g, r), frames[b], latents[b])
+                    for b, (s, g, r) in enumerate(clips)
                 ]
                 if ahead:
                     yield _finished(*ahead)
-                texts = {key: [tables[g][key][r].as_py() for g, r in places] for key in ("caption", "clip_id")}
+                texts = {key: [tables[s, g][key][r].as_py() for s, g, r in clips] for key in ("caption", "clip_id")}
                 ahead = {"frames": frames, "latents": latents} | texts, decoding
             if ahead:
                 yield _finished(*ahead)
@@ -81,31 +82,27 @@ class ClipReader:
         shapes = ((b, t, spec.frame_size, spec.frame_size, 3), (b, t, *spec.latent_shape))
         return _allocate(*shapes) if slot is None else _ring(*shapes)[slot]
 
-    def _decode(self, table: pa.Table, group: int, row: int, frames: np.ndarray, latents: np.ndarray) -> None:
-        """One clip into `frames` [T, H, W, 3] and `latents` [T, C, h, w]."""
-        spec = self.manifest.spec
+    def _decode(self, table: pa.Table, place: tuple[int, int, int], frames: np.ndarray, latents: np.ndarray) -> None:
+        """One clip (shard, row group, row) into `frames` [T, H, W, 3] and `latents` [T, C, h, w]."""
+        spec, (shard, group, row) = self.manifest.spec, place
         for t, index in enumerate(self.frame_indices):
             image = memoryview(table[frame_column(index)][row].as_buffer()).cast("B")  # Arrow's bytes are signed
             try:
                 decode_frame(image, frames[t], spec)
             except (ValueError, OSError) as error:
-                path, local = self._locate(group)
                 raise UserError(
-                    f"{path}: row group {local}, row {row}, clip {table['clip_id'][row].as_py()!r}, frame {index}: "
-                    f"cannot be decoded ({error}). Restore the shard from a copy."
+                    f"{self._path(shard)}: row group {group}, row {row}, clip {table['clip_id'][row].as_py()!r}, "
+                    f"frame {index}: cannot be decoded ({error}). Restore the shard from a copy."
                 ) from error
             raw = np.frombuffer(table[latent_column(index)][row].as_buffer(), np.int16)
             latents[t] = raw.reshape(spec.latent_shape)
 
-    def _row_group(self, group: int) -> pa.Table:
-        path, local = self._locate(group)
-        return read_rows(_open(path, self.manifest.spec), path, local, self.frame_indices.tolist())
+    def _row_group(self, shard: int, group: int) -> pa.Table:
+        path, rows = self._path(shard), self.manifest.files["rows"][shard].as_py()
+        return read_rows(_open(path, self.manifest.spec, rows), path, group, self.frame_indices.tolist())
 
-    def _locate(self, group: int) -> tuple[Path, int]:
-        """Row group number in the dataset -> its shard, and its number there."""
-        starts = _first_row_groups(self.manifest.fingerprint, self.manifest)
-        file = int(np.searchsorted(starts, group, side="right")) - 1
-        return Path(self.manifest.root) / self.manifest.files["name"][file].as_py(), group - int(starts[file])
+    def _path(self, shard: int) -> Path:
+        return Path(self.manifest.root) / self.manifest.files["name"][shard].as_py()
 
 
 def _finished(batch: RawBatch, decoding: list[Future[None]]) -> RawBatch:
@@ -124,18 +121,6 @@ def _ring(frames: tuple[int, ...], latents: tuple[int, ...]) -> list[tuple[np.nd
 
 
 @functools.lru_cache(maxsize=64)
-def _open(path: Path, spec: DatasetSpec) -> pq.ParquetFile:
+def _open(path: Path, spec: DatasetSpec, rows: int) -> pq.ParquetFile:
     """Footers are parsed once a process, not once a window."""
-    return open_shard(path, spec)
-
-
-_STARTS: dict[str, np.ndarray] = {}
-
-
-def _first_row_groups(fingerprint: str, manifest: Manifest) -> np.ndarray:
-    """[F] number of the first row group of every shard."""
-    if fingerprint not in _STARTS:
-        counts = manifest.row_groups_per_file
-        _STARTS.clear()
-        _STARTS[fingerprint] = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    return _STARTS[fingerprint]
+    return open_shard(path, spec, rows)

@@ -3,9 +3,12 @@
 A dataset is a folder:
 
     manifest.json    DatasetSpec, counts, SHA-256 of files.parquet; written last: without it a folder is no dataset
-    files.parquet    one row a shard: name, rows, bytes, SHA-256, rows of each row group
+    files.parquet    one row a shard: name, rows, bytes, SHA-256
     rejects.jsonl    what the preparation could not use, and why
     shard-*.parquet  one row a clip
+
+All row groups of a shard are full (`rows_per_row_group`) but its last one. So the rows of the shards say where every
+clip lies, and no list of row groups is kept anywhere.
 
 A shard has ONE COLUMN A FRAME (`frame_00`, `frame_01`, ... and `latent_00`, ...). Parquet stores columns apart, so
 a run that trains on 8 of 24 stored frames reads the bytes of 8, whichever 8 it asks for (NOTES.md has the figures).
@@ -64,6 +67,11 @@ class DatasetSpec:
     def latent_bytes(self) -> int:
         """Bytes of one frame's latent."""
         return int(np.prod(self.latent_shape)) * 2
+
+    def row_groups(self, rows: int) -> list[int]:
+        """Rows of each row group of a shard that holds `rows`."""
+        full, rest = divmod(rows, self.rows_per_row_group)
+        return [self.rows_per_row_group] * full + [rest] * (rest > 0)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"latent_shape": list(self.latent_shape)}
@@ -124,13 +132,12 @@ class EncodedClip:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One line of files.parquet. `row_groups` holds the rows of each row group, in file order."""
+    """One line of files.parquet."""
 
     name: str
     rows: int
     bytes: int
     sha256: str
-    row_groups: tuple[int, ...]
 
 
 FILES_SCHEMA = pa.schema(
@@ -139,7 +146,6 @@ FILES_SCHEMA = pa.schema(
         ("rows", pa.int64()),
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
-        ("row_groups", pa.list_(pa.int32())),
     ]
 )
 
@@ -163,15 +169,9 @@ class Manifest:
 
     @property
     def num_clips(self) -> int:
-        return int(self.files["rows"].to_numpy().sum())
+        return int(self.shard_rows.sum())
 
     @property
-    def row_group_rows(self) -> np.ndarray:
-        """[R] int32: rows of every row group, in file order."""
-        return self.files["row_groups"].combine_chunks().flatten().to_numpy()
-
-    @property
-    def row_groups_per_file(self) -> np.ndarray:
-        """[F] int64: row groups of every file."""
-        column = self.files["row_groups"].combine_chunks()
-        return np.diff(column.offsets.to_numpy())
+    def shard_rows(self) -> np.ndarray:
+        """[F] int64: rows of every shard, in the order of files.parquet."""
+        return self.files["rows"].to_numpy()

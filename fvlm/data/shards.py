@@ -32,7 +32,7 @@ from fvlm.data.schema import (
 from fvlm.errors import UserError
 from fvlm.files import TEMPORARY, fsync_dir, fsync_file, no_space_is_a_user_error, sha256_file, write_atomic
 
-FOOTERS_CHECKED_AT_START = 2048
+FOOTERS_CHECKED_AT_START = 64
 """A start opens at most this many shards, evenly spread; every shard is checked again when it is first read."""
 
 
@@ -43,7 +43,7 @@ class ShardWriter:
             writer.add(clip)
         entry = writer.file
 
-    Holds one row group in memory. An exception inside the block removes what was written.
+    Every row group is full but the last. Holds one in memory. An exception inside the block removes what was written.
     """
 
     def __init__(self, path: Path, spec: DatasetSpec):
@@ -52,7 +52,7 @@ class ShardWriter:
         self._temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
         self._schema = arrow_schema(spec)
         self._pending: list[EncodedClip] = []
-        self._groups: list[int] = []
+        self._rows = 0
 
     def __enter__(self) -> ShardWriter:
         # Images and latents do not compress further (NOTES.md), so no codec; checksums catch every flipped byte.
@@ -91,7 +91,7 @@ class ShardWriter:
         ]
         with no_space_is_a_user_error(self.path):
             self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=len(clips))
-        self._groups.append(len(clips))
+        self._rows += len(clips)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,10 +105,9 @@ class ShardWriter:
                 fsync_file(self._temporary)
                 self.file = ShardFile(
                     self.path.name,
-                    sum(self._groups),
+                    self._rows,
                     self._temporary.stat().st_size,
                     sha256_file(self._temporary),
-                    tuple(self._groups),
                 )
                 self._temporary.replace(self.path)
                 fsync_dir(self.path.parent)
@@ -118,7 +117,7 @@ class ShardWriter:
 
 def write_manifest(root: Path, spec: DatasetSpec, files: Sequence[ShardFile], rejected: int) -> Manifest:
     """Make `root` a dataset: files.parquet first, manifest.json, which vouches for it, last."""
-    rows = [(f.name, f.rows, f.bytes, f.sha256, f.row_groups) for f in files]
+    rows = [(f.name, f.rows, f.bytes, f.sha256) for f in files]
     table = pa.table(
         [pa.array(list(column), kind) for column, kind in zip(zip(*rows, strict=True), FILES_SCHEMA.types, strict=True)]
         if rows
@@ -160,13 +159,22 @@ def read_manifest(root: Path | str) -> Manifest:
     spec = DatasetSpec.from_json(spec_raw, str(path))
     if hashlib.sha256(content).hexdigest() != files_sha256:
         raise UserError(f"{root / FILES}: its SHA-256 is not the one in {MANIFEST}. Restore both from one copy.")
-    files = pq.read_table(pa.BufferReader(content)).cast(FILES_SCHEMA)
+    files = pq.read_table(pa.BufferReader(content))
+    if files.column_names != FILES_SCHEMA.names:
+        raise UserError(
+            f"{root / FILES}: its columns are {files.column_names}; this release reads {FILES_SCHEMA.names}. "
+            "Prepare the dataset again."
+        )
+    files = files.cast(FILES_SCHEMA)
     identity = json.dumps(spec.to_json(), sort_keys=True) + files_sha256
     return Manifest(str(root), spec, files, hashlib.sha256(identity.encode()).hexdigest(), int(rejected))
 
 
-def open_shard(path: Path, spec: DatasetSpec) -> pq.ParquetFile:
-    """Open one shard and check that it is what the manifest says. Raises UserError that names the file."""
+def open_shard(path: Path, spec: DatasetSpec, rows: int | None = None) -> pq.ParquetFile:
+    """Open one shard and check that it is what the manifest says. Raises UserError that names the file.
+
+    rows: of this shard in the manifest; None where it is not known, then the footer's own number
+    """
     try:
         shard = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except FileNotFoundError as error:
@@ -185,7 +193,21 @@ def open_shard(path: Path, spec: DatasetSpec) -> pq.ParquetFile:
             f"{path}: the shard is not of this dataset: manifest against shard: {difference}. "
             "Shards of different datasets cannot be mixed; restore the right one."
         )
+    _check_row_groups(shard.metadata, path, spec, rows)
     return shard
+
+
+def _check_row_groups(footer: pq.FileMetaData, path: Path, spec: DatasetSpec, rows: int | None) -> None:
+    """The plan computes where a clip lies, and never asks the shard."""
+    if rows is not None and footer.num_rows != rows:
+        raise UserError(f"{path}: {footer.num_rows} rows, but the manifest says {rows}. Restore it from a copy.")
+    groups = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    if groups != spec.row_groups(footer.num_rows):
+        raise UserError(
+            f"{path}: its row groups have {', '.join(map(str, sorted(set(groups))))} rows, where all but the last "
+            f"must have {spec.rows_per_row_group} (rows_per_row_group in {MANIFEST}) and the last no more. "
+            "Restore it from a copy, or prepare the dataset again."
+        )
 
 
 def read_rows(
@@ -208,6 +230,7 @@ def check_shards(manifest: Manifest) -> None:
     All sizes are looked at, and the footers of at most FOOTERS_CHECKED_AT_START shards.
     """
     names, sizes = manifest.files["name"].to_pylist(), manifest.files["bytes"].to_numpy()
+    rows = manifest.shard_rows
     root = Path(manifest.root)
     for name, size in zip(names, sizes, strict=True):
         path = root / name
@@ -218,10 +241,7 @@ def check_shards(manifest: Manifest) -> None:
             raise UserError(f"{path}: {actual} bytes, but the manifest says {size}: truncated or replaced. Restore it.")
     picked = np.unique(np.linspace(0, len(names) - 1, min(len(names), FOOTERS_CHECKED_AT_START)).astype(int))
     for index in picked:
-        shard = open_shard(root / names[index], manifest.spec)
-        groups = [shard.metadata.row_group(g).num_rows for g in range(shard.num_row_groups)]
-        if groups != manifest.files["row_groups"][int(index)].as_py():
-            raise UserError(f"{root / names[index]}: its row groups are not those of the manifest. Restore it.")
+        open_shard(root / names[index], manifest.spec, int(rows[index]))
 
 
 if __name__ == "__main__":
