@@ -64,10 +64,16 @@ class DataConfig:
     """Longer captions are cut, counted and shown."""
     train_eos: bool = True
     """Append the end token and train on it. False: padding is ignored by token id, which is also the end token's."""
-    decode_tasks: int = 0
-    """Ingest tasks at a time and rank. 0: what the cluster has left."""
-    prefetch_batches: int = 2
-    """Batches that a rank pulls out of the object store ahead of the step."""
+    decode_threads: int = 0
+    """Threads that decode for one rank. 0: its share of the cluster's CPUs."""
+    on_corrupt: Literal["stop", "replace"] = "stop"
+    """A damaged clip ends the run with its name, or is replaced by a neighbour, counted and listed in corrupt.jsonl."""
+    max_corrupt: float = 0.001
+    """Share of the dataset's clips that may be damaged with on_corrupt "replace"; one more ends the run."""
+    cache_dir: str = ""
+    """Local folder in which row groups of a remote dataset are kept; safe to share between runs. Empty: no cache."""
+    cache_gb: float = 50.0
+    """Most that `cache_dir` may hold; what was used least recently goes first."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,8 @@ class Config:
     """Where run folders live; on a cluster, storage that all nodes see."""
     import_checkpoint: str = ""
     """A `latest.pt` of the earlier trainer, to begin from. Once the run has a checkpoint of its own, that wins."""
+    ingest_memory: str = "auto"
+    """Most memory that the whole ingest may hold, such as 2GB. "auto": 1 GB a rank, at most a quarter of all memory."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -158,7 +166,9 @@ class Config:
 
 IDENTITY = ("preset", "model", "objective", "data", "optim", "train.seed", "train.precision")
 """Sections and keys that may not change once a run has begun ..."""
-NOT_IDENTITY = ("data.path", "data.decode_tasks", "data.prefetch_batches")
+NOT_IDENTITY = tuple(
+    f"data.{key}" for key in ("path", "decode_threads", "on_corrupt", "max_corrupt", "cache_dir", "cache_gb")
+)
 """... but for these (the dataset itself is compared by its fingerprint, not by where it lies)."""
 
 
@@ -201,7 +211,7 @@ def validate(config: Config) -> Config:
         "data.lanes": data.lanes,
         "data.window_steps": data.window_steps,
         "data.max_caption_tokens": data.max_caption_tokens,
-        "data.prefetch_batches": data.prefetch_batches,
+        "data.cache_gb": data.cache_gb,
         "objective.fine_iterations": config.objective.fine_iterations,
         "objective.coarse_every": config.objective.coarse_every,
         "optim.lr": config.optim.lr,
@@ -219,7 +229,8 @@ def validate(config: Config) -> Config:
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.weight_decay": config.optim.weight_decay,
         "objective.lambda_recon": config.objective.lambda_recon,
-        "data.decode_tasks": data.decode_tasks,
+        "data.decode_threads": data.decode_threads,
+        "data.max_corrupt": data.max_corrupt,
         "scale.max_failures": config.scale.max_failures,
         "scale.cpus_per_worker": config.scale.cpus_per_worker,
     }.items():

@@ -49,6 +49,7 @@ def connect(
     Raises UserError when the address leads nowhere.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_free_objects_batch_size", "1")  # otherwise dropped blocks lie in the store for a second
     _quiet_ray_data()
     address = address or os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as cleanup:

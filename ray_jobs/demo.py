@@ -20,7 +20,7 @@ from fvlm import presets
 from fvlm.config import Config
 from fvlm.data.collate import Collator
 from fvlm.data.plan import Plan
-from fvlm.data.read import ClipReader
+from fvlm.data.read import BlockReader, ClipReader
 from fvlm.data.shards import read_manifest
 from fvlm.data.synthetic import write_videos
 from fvlm.data.text import CaptionTokenizer, load_tokenizer
@@ -142,17 +142,16 @@ def evaluate(config: Config, dataset: Path, png: Path) -> dict[str, float]:
     reader = ClipReader(manifest, Plan.of_config(manifest, config), data.num_frames)
     collate = Collator(manifest.spec, tokenizer)
     sums = dict.fromkeys(("caption", "caption_coarse", "recon", "recon_coarse"), 0.0)
-    for lo, hi in reader.plan.windows(0, reader.plan.steps_per_epoch):
-        for raw in reader.read(lo, hi):
-            batch = collate(raw)
-            losses = compute_losses(model, batch, config.objective, readings=True)
-            for name, value in (
-                ("caption", losses.caption[-1]),
-                ("caption_coarse", losses.caption_coarse),
-                ("recon", losses.recon[-1]),
-                ("recon_coarse", losses.recon_coarse),
-            ):
-                sums[name] += float(value) / reader.plan.steps_per_epoch  # type: ignore[arg-type]  # readings are on
+    for raw in BlockReader(reader).steps(0, reader.plan.steps_per_epoch):
+        batch = collate(raw)
+        losses = compute_losses(model, batch, config.objective, readings=True)
+        for name, value in (
+            ("caption", losses.caption[-1]),
+            ("caption_coarse", losses.caption_coarse),
+            ("recon", losses.recon[-1]),
+            ("recon_coarse", losses.recon_coarse),
+        ):
+            sums[name] += float(value) / reader.plan.steps_per_epoch  # type: ignore[arg-type]  # readings are on
     coarse, fine = gaze(model, batch.frames[:1], config.objective)
     (said,) = generate_captions(model, batch.frames[:1], config.objective, data.max_caption_tokens, tokenizer.eos_id)
     lines = [f"true: {raw['caption'][0]}", f"model: {tokenizer.decode(said)}"]

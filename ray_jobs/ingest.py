@@ -1,43 +1,109 @@
-"""Ray Data's part: reads and decodes what the plan asks for, in its own processes, into the object store.
+"""Ray Data's part: reads and decodes what the plan asks for, in a process of its own, into the object store.
 
-One dataset a rank and chapter, made inside the rank. A task is one window of the plan: it reads the window's row
-groups once and streams one block a step, so a block is a batch. The executor runs in an actor of its own
-(`streaming_split`), not in the trainer's interpreter.
+One dataset a rank and chapter, made inside the rank. ONE actor decodes for a rank, with several threads: its blocks
+come in order by construction, so nothing waits for an earlier block, and a few blocks are enough. (Tasks side by side
+each hold a window of decoded blocks back until their turn comes: NOTES.md.) A task of that actor is a few windows of
+the plan; it streams blocks of a few steps. The executor runs in another actor (`streaming_split`), not in the trainer's
+interpreter.
+
+How many blocks exist is bounded (`fvlm/data/memory.py`): Ray Data's own generator bound, `BlockLimit` in the executor,
+and the consumer's prefetch.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 import math
+import os
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import ray.data
 from ray.data import DataContext
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
+from ray.experimental import internal_kv
 
-from fvlm.config import Config, DataConfig
-from fvlm.data.read import ClipReader, RawBatch
+from fvlm.config import Config
+from fvlm.data.memory import GENERATOR_BLOCKS, MB, IngestMemory, parse_bytes, share_out
+from fvlm.data.plan import Plan
+from fvlm.data.read import BlockReader, ClipReader, RawBatch, Window
+from fvlm.data.schema import Manifest
 
-CHAPTER_WINDOWS = 512
-"""Windows planned as one dataset. Ray Data makes all tasks up front (1.3 ms each); a long run is read in chapters."""
+TASK_WINDOWS = 16
+"""Windows that one task of the decoding actor prepares; what a killed one has to decode again."""
+CHAPTER_TASKS = 64
+"""Tasks planned as one dataset. Ray Data makes all of them up front (1.3 ms each); a long run is read in chapters."""
+MOST_THREADS = 16
+"""More in one process wait for each other: what is left in the interpreter is a twentieth of the work."""
+STORE_FILLED, STORE_FOR_RAY = 0.5, 100 * MB
+TAKEN_BLOCKS = 1
+"""Of the consumer's blocks, those that it tells the executor of: one ready, one on its way."""
+NICENESS = 5
+"""Decoding takes the time that the training leaves, also on the core that it shares with the step."""
 
 
-def rank_batches(
-    reader: ClipReader, config: DataConfig, rank: int, world: int, start: int, stop: int
-) -> Iterator[RawBatch]:
-    """This rank's share of the steps [start, stop), one RawBatch a step, in the plan's order.
+@dataclass(frozen=True)
+class Share:
+    """What one rank's ingest gets: memory, threads that decode, and CPUs that Ray reserves for them."""
+
+    memory: IngestMemory
+    threads: int
+    cpus: int
+    run: str
+    """Names the run's entries in the cluster's key-value store."""
+
+
+def waiting_key(share: Share, rank: int) -> bytes:
+    """Where the executor says how many blocks wait."""
+    return f"fvlm/{share.run}/{rank}/waiting".encode()
+
+
+def ingest_memory(config: Config, manifest: Manifest) -> IngestMemory:
+    """What one rank's ingest may hold. Raises UserError with the numbers when that is too little."""
+    reader = ClipReader.of_config(manifest, Plan.of_config(manifest, config), config)
+    machine = psutil.virtual_memory().total
+    return share_out(reader, config.scale.workers, parse_bytes(config.ingest_memory), machine)
+
+
+def store_needed(config: Config, memory: IngestMemory) -> int:
+    """Bytes of object store: Ray writes to the disk from above STORE_FILLED on, and needs a little for itself."""
+    return int(memory.store_bytes * config.scale.workers / STORE_FILLED) + STORE_FOR_RAY
+
+
+def share_of_one_rank(config: Config, memory: IngestMemory, on_gpu: bool) -> Share:
+    """Asks the cluster how many CPUs it has.
+
+    Every rank gets CPUs of its own. Were they common, the decoding of one rank, held up until its batches are taken,
+    could keep all of them while that rank waits in a collective for another one, which would never get its batch.
+
+    A rank on a GPU leaves most of its core idle, and decoding runs at a lower priority: it may use that core too.
+    """
+    scale = config.scale
+    free = ray.cluster_resources().get("CPU", 0) - scale.workers * scale.cpus_per_worker
+    largest_node = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    cpus = max(1, int(min(free // scale.workers, largest_node - scale.cpus_per_worker, MOST_THREADS)))
+    return Share(memory, config.data.decode_threads or cpus + on_gpu, cpus, config.run_name)
+
+
+def rank_batches(reader: ClipReader, share: Share, rank: int, world: int, start: int, stop: int) -> Iterator[RawBatch]:
+    """This rank's part of the steps [start, stop), one RawBatch a step, in the plan's order.
 
     Arrays are views into the object store: drop a batch before asking for many more. Raises what reading raised
-    (UserError for damaged data).
+    (Damaged, UserError).
     """
     windows = reader.plan.windows(start, stop)
-    while chapter := list(itertools.islice(windows, CHAPTER_WINDOWS)):
+    size = reader.plan.global_batch // world
+    while chapter := list(itertools.islice(windows, CHAPTER_TASKS * TASK_WINDOWS)):
         delivered = 0
-        for batch in _stream(reader, config, rank, world, chapter):
+        for batch in steps_of(_blocks(reader, share, rank, world, chapter), size):
             yield batch
             delivered += 1
         wanted = chapter[-1][1] - chapter[0][0]
@@ -45,42 +111,35 @@ def rank_batches(
             raise RuntimeError(f"Ray Data delivered {delivered} steps of rank {rank} where the plan has {wanted}")
 
 
+def steps_of(blocks: Iterator[RawBatch], size: int) -> Iterator[RawBatch]:
+    """Blocks -> batches of `size` clips, views of them; padding is dropped."""
+    for block in blocks:
+        clips = int(np.count_nonzero(block["clip_id"] != ""))
+        for at in range(0, clips, size):
+            yield {key: column[at : at + size] for key, column in block.items()}
+
+
 def cpus_needed(config: Config) -> int:
-    """CPUs without which a run would wait for ever: every rank's own, and one for each of its ingest tasks."""
-    return math.ceil(config.scale.workers * (config.scale.cpus_per_worker + max(1, config.data.decode_tasks)))
+    """CPUs without which a run would wait for ever: every rank's own, and one for each rank's decoding."""
+    return math.ceil(config.scale.workers * (config.scale.cpus_per_worker + 1))
 
 
-def with_tasks_shared_out(config: Config) -> DataConfig:
-    """The data section with the number of one rank's ingest tasks in it.
-
-    Every rank gets CPUs of its own. Were they common, the tasks of one rank, held up until its batches are taken, could
-    keep all of them while that rank waits in a collective for another one, which would never get its batch.
-    """
-    scale = config.scale
-    free = ray.cluster_resources().get("CPU", 0) - scale.workers * scale.cpus_per_worker
-    return dataclasses.replace(config.data, decode_tasks=config.data.decode_tasks or max(1, int(free // scale.workers)))
-
-
-def _stream(
-    reader: ClipReader, config: DataConfig, rank: int, world: int, windows: list[tuple[int, int]]
-) -> Iterator[RawBatch]:
+def _blocks(reader: ClipReader, share: Share, rank: int, world: int, windows: list[Window]) -> Iterator[RawBatch]:
     """One chapter through Ray Data."""
-    _configure(DataContext.get_current(), reader, world)
-    dataset = ray.data.range(len(windows), override_num_blocks=len(windows)).map_batches(
-        functools.partial(_read_window, reader, rank, world, windows),
+    _configure(DataContext.get_current(), share, rank)
+    tasks = math.ceil(len(windows) / TASK_WINDOWS)
+    dataset = ray.data.range(tasks, override_num_blocks=tasks).map_batches(
+        Decoder,
+        fn_constructor_args=(reader, share, rank, world, windows),
         batch_size=None,
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=config.decode_tasks or None),
+        num_cpus=share.cpus,
+        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),  # of two, the second may run first
     )
     (iterator,) = dataset.streaming_split(1)
-    yield from iterator.iter_batches(
-        batch_size=reader.plan.global_batch // world,
-        batch_format="numpy",
-        prefetch_batches=config.prefetch_batches,
-    )
+    yield from iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)  # type: ignore[arg-type]
 
 
-def _configure(context: DataContext, reader: ClipReader, world: int) -> None:
+def _configure(context: DataContext, share: Share, rank: int) -> None:
     """Settings that the plan's exactness and a small memory rest on. They are sealed into a dataset when it is made."""
     context.execution_options.preserve_order = True  # of the blocks, and of the consumer's threads
     context.max_errored_blocks = 0  # a dropped block would be lost clips
@@ -88,20 +147,71 @@ def _configure(context: DataContext, reader: ClipReader, world: int) -> None:
     context.raise_original_map_exception = True  # so that a UserError stays one
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = batch_bytes(reader, world)
+    # Captions come on top, so each block is passed on at once. A shorter one would be kept, joined to the next and cut
+    # again, all of it views of memory that is being decoded into: that is why blocks are padded.
+    context.target_max_block_size = share.memory.block_bytes
+    context._max_num_blocks_in_streaming_gen_buffer = GENERATOR_BLOCKS
+    context.op_resource_reservation_enabled = False  # BlockLimit does that
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [BlockLimit])
+    context.set_config(
+        BlockLimit.KEY, (share.memory.waiting + TAKEN_BLOCKS, share.memory.block_bytes, waiting_key(share, rank))
+    )
 
 
-def batch_bytes(reader: ClipReader, world: int) -> int:
-    """Bytes of one rank's decoded batch: the size of a block."""
-    spec = reader.manifest.spec
-    clip = reader.num_frames * (3 * spec.frame_size**2 + spec.latent_bytes)
-    return clip * (reader.plan.global_batch // world)
+class Decoder:
+    """The actor that decodes for one rank. A row says which windows."""
+
+    def __init__(self, reader: ClipReader, share: Share, rank: int, world: int, windows: list[Window]):
+        os.nice(NICENESS)
+        self._reader = BlockReader(reader, share.threads, share.memory.block_steps, pad=True)
+        self._rank, self._world, self._windows = rank, world, windows
+
+    def __call__(self, tasks: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+        for task in tasks["id"].tolist():
+            for index in range(task * TASK_WINDOWS, min((task + 1) * TASK_WINDOWS, len(self._windows))):
+                then = self._windows[index + 1] if index + 1 < len(self._windows) else None
+                # Ray copies a block into the object store before it asks for the next, so memory can be used again.
+                yield from self._reader.read(self._windows[index], self._rank, self._world, then)
 
 
-def _read_window(
-    reader: ClipReader, rank: int, world: int, windows: list[tuple[int, int]], ids: dict[str, np.ndarray]
-) -> Iterator[dict[str, Any]]:
-    """A task: `ids["id"]` says which window."""
-    for index in ids["id"]:
-        # Ray copies a block into the object store before it asks for the next, so memory can be used again.
-        yield from reader.read(*windows[int(index)], rank, world, reuse=True)
+class BlockLimit(BackpressurePolicy):
+    """Ray Data takes a block over only while fewer than so many wait for the consumer.
+
+    Runs in the executor. Ray's own policies answer "nothing" at once when there is no room, and the executor asks again
+    at once: with a block ready and a consumer that is busy it spins. This one waits for the consumer.
+    """
+
+    KEY = "fvlm.block_limit"
+    LONGEST_S, GLANCE_S, SAY_EVERY_S = 0.1, 0.004, 0.5
+
+    def __init__(self, data_context: DataContext, topology: Any, resource_manager: Any):
+        super().__init__(data_context, topology, resource_manager)
+        self._blocks, self._block_bytes, self._key = data_context.get_config(self.KEY)
+        self._said = 0.0
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        if not op.num_active_tasks():
+            return None
+        deadline = time.monotonic() + self.LONGEST_S
+        while (room := self._blocks - self._for_consumer() - self._on_their_way()) <= 0:
+            if self._on_their_way() or time.monotonic() > deadline:
+                break  # what is on its way needs the executor, that is this thread, to get on
+            time.sleep(self.GLANCE_S)
+        if time.monotonic() - self._said > self.SAY_EVERY_S:
+            self._said = time.monotonic()
+            internal_kv._internal_kv_put(
+                self._key, str(self._for_consumer() + self._on_their_way()).encode(), overwrite=True
+            )
+        return max(room, 0) * self._block_bytes
+
+    def _for_consumer(self) -> int:
+        """Blocks that the consumer has, or may take without the executor's help."""
+        *_, output = self._topology.values()
+        taken = self._resource_manager.get_external_consumer_bytes() // self._block_bytes
+        return int(output.output_queue.num_blocks + taken)
+
+    def _on_their_way(self) -> int:
+        """Blocks between the decoding and the consumer's queue."""
+        operators = [state for op, state in self._topology.items() if op.input_dependencies]  # the input has no blocks
+        *_, output = operators
+        return int(sum(s.total_enqueued_output_blocks() for s in operators) - output.output_queue.num_blocks)

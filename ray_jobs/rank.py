@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import ray.train
 import ray.train.torch
 import torch
 
-from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.data.collate import Collator
+from fvlm.data.corrupt import CorruptClip, CorruptList
+from fvlm.data.memory import IngestMemory
 from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
@@ -26,16 +26,23 @@ from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, latest_checkpoint
 from fvlm.train.sinks import JsonLines, Sink, TrainLog, Wandb
 from fvlm.train.state import remove_leftovers
 from ray_jobs.cli import user_error
-from ray_jobs.ingest import rank_batches, with_tasks_shared_out
+from ray_jobs.feed import Feed
+from ray_jobs.ingest import rank_batches, share_of_one_rank
 from ray_jobs.report import RayMetrics, report_checkpoint
 
 
 @ray.remote
-class Failures:
-    """Remembers why a rank gave up, so that no restart of the group tries the same in vain."""
+class Ledger:
+    """What all ranks of a run share: why one gave up, so that no restart of the group tries the same in vain; and the
+    list of damaged clips, which has one writer."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, clips: int) -> None:
         self._reason: str | None = None
+        self._corrupt = CorruptList(config.run_dir, clips, config.data.max_corrupt)
+
+    def corrupt(self, records: list[CorruptClip]) -> tuple[list[CorruptClip], int]:
+        """-> those that were not known, and how many are known now. Raises UserError when they are too many."""
+        return [record for record in records if self._corrupt.add(record)], len(self._corrupt.known)
 
     def record(self, reason: str) -> None:
         self._reason = self._reason or reason
@@ -46,23 +53,23 @@ class Failures:
 
 def train_rank(task: dict[str, Any]) -> None:
     """What Ray Train runs on every rank."""
-    config, manifest, failures = task["config"], task["manifest"], task["failures"]
-    if ray.get(failures.reason.remote()):
+    config, manifest, memory, ledger = (task[key] for key in ("config", "manifest", "memory", "ledger"))
+    if ray.get(ledger.reason.remote()):
         return
     try:
-        run_rank(config, manifest)
+        run_rank(config, manifest, memory, ledger)
     except Exception as error:
         reason = user_error(error)
         if reason is None:
             raise
-        ray.get(failures.record.remote(str(reason)))
+        ray.get(ledger.record.remote(str(reason)))
         # Others may wait for this rank, in a collective or in Ray's report: only a failure ends them. The group is then
         # started again, to return at once.
         if ray.train.get_context().get_world_size() > 1:
             raise
 
 
-def run_rank(config: Config, manifest: Manifest) -> None:
+def run_rank(config: Config, manifest: Manifest, memory: IngestMemory, ledger: Any) -> None:
     """Build or restore the run's state, join it to the ingest, train."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -77,14 +84,23 @@ def run_rank(config: Config, manifest: Manifest) -> None:
     if rank == 0:
         remove_leftovers(run_dir / CHECKPOINTS)
     announce(run, manifest, sinks, checkpoint, world)
-    logger = Logger(run, sinks)
-    reader = ClipReader(manifest, run.plan, config.data.num_frames)
     collate = Collator(manifest.spec, CaptionTokenizer(
         load_tokenizer(run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos))  # fmt: skip
-    batches: Iterator[Batch] = map(
-        collate, rank_batches(reader, with_tasks_shared_out(config), rank, world, run.step, config.train.max_steps)
-    )
-    train(run, batches, [logger, Saver(run, run_dir / CHECKPOINTS, rank == 0, report_checkpoint)])
+
+    def corrupt(records: list[CorruptClip]) -> int:
+        new, known = ray.get(ledger.corrupt.remote(records))
+        for record in new:
+            print(f"replaced by {record.replaced_by!r}: {record.error}", flush=True)
+            for sink in sinks:
+                sink.note(f"replaced by clip {record.replaced_by!r}: {record.error}")
+        return known
+
+    reader = ClipReader.of_config(manifest, run.plan, config)
+    share = share_of_one_rank(config, memory, device.type == "cuda")
+    raw = rank_batches(reader, share, rank, world, run.step, config.train.max_steps)
+    feed = Feed(raw, collate, share, rank, corrupt)
+    logger = Logger(run, sinks, feed.lap)
+    train(run, feed, [logger, Saver(run, run_dir / CHECKPOINTS, rank == 0, report_checkpoint)])
     for sink in sinks:
         sink.note(f"finished {run.step} steps in {run.clock.trained_s:.0f} s of training; "
                   f"rank 0 cut {collate.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip

@@ -19,6 +19,7 @@ from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfi
 
 from fvlm.config import Config
 from fvlm.convert.legacy_checkpoint import import_run
+from fvlm.data.memory import MB, IngestMemory
 from fvlm.data.plan import Plan
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import check_shards, read_manifest
@@ -29,9 +30,9 @@ from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, exclusive, finished_st
 from fvlm.train.sinks import TRAIN_LOG
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
-from ray_jobs.ingest import cpus_needed
+from ray_jobs.ingest import cpus_needed, ingest_memory, store_needed
 from ray_jobs.options import parse
-from ray_jobs.rank import Failures, train_rank
+from ray_jobs.rank import Ledger, train_rank
 
 CAPTIONS_FOR_TOKENIZER = 100_000
 
@@ -45,12 +46,14 @@ def main() -> None:
         print(f"{config.run_name} is finished: {finished_steps(run_dir)} of {steps} steps. Nothing to do.\n{run_dir}")
         return
     print(config.describe(), flush=True)
+    memory = ingest_memory(config, manifest)
+    print(f"ingest: at most {memory}", flush=True)
     with (
         exclusive(run_dir),
-        connect(num_cpus=max(os.cpu_count() or 1, cpus_needed(config))),
+        connect(max(os.cpu_count() or 1, cpus_needed(config)), store_needed(config, memory)),
         follow(run_dir / TRAIN_LOG),
     ):
-        fit(config, manifest)
+        fit(config, manifest, memory)
     print(f"{config.run_name}: finished {steps} steps. Checkpoint: {latest_checkpoint(run_dir)}", flush=True)
 
 
@@ -123,17 +126,17 @@ def captions(manifest: Manifest) -> Iterator[str]:
         yield from column.to_pylist()
 
 
-def fit(config: Config, manifest: Manifest) -> None:
+def fit(config: Config, manifest: Manifest, memory: IngestMemory) -> None:
     """Train on the connected cluster. Raises UserError when the run stopped for a reason that is the user's to mend."""
     run_dir = config.run_dir
     use_gpu = config.scale.device == "cuda" or (
         config.scale.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
-    check_resources(config, use_gpu)
-    failures = Failures.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    check_resources(config, memory, use_gpu)
+    ledger = Ledger.options(num_cpus=0).remote(config, manifest.num_clips)  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         train_rank,
-        train_loop_config={"config": config, "manifest": manifest, "failures": failures},
+        train_loop_config={"config": config, "manifest": manifest, "memory": memory, "ledger": ledger},
         scaling_config=ScalingConfig(
             num_workers=config.scale.workers,
             use_gpu=use_gpu,
@@ -150,16 +153,23 @@ def fit(config: Config, manifest: Manifest) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        reason = ray.get(failures.reason.remote())
+        reason = ray.get(ledger.reason.remote())
         raise UserError(reason) if reason else error from error
-    reason = ray.get(failures.reason.remote())
+    reason = ray.get(ledger.reason.remote())
     if reason:
         raise UserError(reason)
 
 
-def check_resources(config: Config, use_gpu: bool) -> None:
+def check_resources(config: Config, memory: IngestMemory, use_gpu: bool) -> None:
     """Ray waits without a word for what a cluster lacks: say so. A cluster of ours will not grow: raise UserError."""
     has = ray.cluster_resources()
+    store = has.get("object_store_memory", 0)
+    if store < store_needed(config, memory):
+        raise UserError(
+            f"the cluster's object store holds {store / MB:,.0f} MB and the ingest needs "
+            f"{store_needed(config, memory) / MB:,.0f} MB, or Ray would write batches to the disk. Start Ray with a "
+            "larger --object-store-memory, or lower --ingest-memory."
+        )
     for name, needed in (("CPU", cpus_needed(config)), ("GPU", config.scale.workers if use_gpu else 0)):
         if has.get(name, 0) >= needed:
             continue

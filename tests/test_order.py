@@ -22,22 +22,22 @@ from datasets import make_clip, make_spec, write_dataset
 from PIL import Image
 from ray import cloudpickle
 
-from fvlm.config import Config, DataConfig, ScaleConfig
+from fvlm.config import Config, ScaleConfig
+from fvlm.data.memory import IngestMemory, share_out
 from fvlm.data.plan import Plan
-from fvlm.data.read import ClipReader, RawBatch
+from fvlm.data.read import BlockReader, ClipReader, RawBatch
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import ShardWriter, write_manifest
 from fvlm.errors import UserError
 from ray_jobs.cluster import connect
-from ray_jobs.ingest import cpus_needed, rank_batches, with_tasks_shared_out
+from ray_jobs.ingest import Share, cpus_needed, rank_batches, share_of_one_rank
 
 CLIPS, GLOBAL_BATCH, LANES, WINDOW = 26, 4, 4, 4
 STEPS_PER_EPOCH, REMAINDER = 6, 2
 STOP = 3 * STEPS_PER_EPOCH
 STORED, USED = 8, [0, 2, 4, 7]
-CONFIG = DataConfig(global_batch=GLOBAL_BATCH, lanes=LANES, window_steps=WINDOW, num_frames=len(USED), decode_tasks=2)
-INGEST = "_read_window"
-"""Part of the title that Ray gives a process while it runs one of our tasks."""
+INGEST = "MapBatches(Decoder)"
+"""Part of the title that Ray gives our decoding actor."""
 
 
 class Clip(NamedTuple):
@@ -95,7 +95,13 @@ def stored(reader: ClipReader) -> dict[str, Clip]:
 
 def rank_clips(reader: ClipReader, start: int, stop: int, rank: int = 0, world: int = 1) -> list[list[Clip]]:
     """One list of clips for every step of one rank."""
-    return [clips_of(batch) for batch in rank_batches(reader, CONFIG, rank, world, start, stop)]
+    return [clips_of(batch) for batch in rank_batches(reader, share(reader, world), rank, world, start, stop)]
+
+
+def share(reader: ClipReader, world: int, block_steps: int = 2) -> Share:
+    """Blocks of two steps, so that windows and starts that are not even leave blocks of one."""
+    batch = reader.clip_bytes * (reader.plan.global_batch // world)
+    return Share(IngestMemory(block_steps, block_steps * batch, waiting=2, compressed=0), 2, 1, "order")
 
 
 def global_batches(reader: ClipReader, start: int, stop: int, world: int) -> list[list[Clip]]:
@@ -145,15 +151,16 @@ def test_ranks_that_read_at_the_same_time_get_the_same_global_batches(undisturbe
 def test_a_run_stopped_after_any_step_and_resumed_with_any_rank_count_gets_exactly_the_rest(
     undisturbed, reader, step, world
 ):
-    stopped = rank_batches(reader, CONFIG, 0, 1, 0, STOP)
+    stopped = rank_batches(reader, share(reader, 1), 0, 1, 0, STOP)
     assert [clips_of(batch) for batch in itertools.islice(stopped, step)] == undisturbed[:step]
     stopped.close()
     assert global_batches(reader, step, STOP, world) == undisturbed[step:]
 
 
 def test_chapters_are_joined_without_a_seam(undisturbed, reader, monkeypatch):
-    """A long run is read as one dataset after another; here a dataset holds two windows."""
-    monkeypatch.setattr("ray_jobs.ingest.CHAPTER_WINDOWS", 2)
+    """A long run is read as one dataset after another; here a dataset holds two tasks of one window."""
+    monkeypatch.setattr("ray_jobs.ingest.CHAPTER_TASKS", 2)
+    monkeypatch.setattr("ray_jobs.ingest.TASK_WINDOWS", 1)
     assert global_batches(reader, 3, STOP, world=1) == undisturbed[3:]
 
 
@@ -171,9 +178,9 @@ def ingest_processes() -> list[psutil.Process]:
 
 def test_killed_ingest_processes_are_replaced_and_leave_the_order_exact(cluster, reader):
     steps = 20 * STEPS_PER_EPOCH
-    expected = [batch["clip_id"] for lo, hi in reader.plan.windows(0, steps) for batch in reader.read(lo, hi)]
+    expected = [batch["clip_id"] for batch in BlockReader(reader).steps(0, steps)]
     killed, received = [], []
-    for batch in rank_batches(reader, CONFIG, 0, 1, 0, steps):
+    for batch in rank_batches(reader, share(reader, 1), 0, 1, 0, steps):
         received.append([str(clip_id) for clip_id in batch["clip_id"]])
         if len(received) > 5 * (len(killed) + 1) and len(killed) < 4:
             for process in ingest_processes()[:1]:
@@ -197,9 +204,10 @@ def test_ranks_that_wait_for_each_other_never_starve(cluster, tmp_path):
             writer.add(dataclasses.replace(clip, clip_id=f"clip-{index}"))
     manifest = write_manifest(tmp_path, spec, [writer.file], 0)
     reader = ClipReader(manifest, plan_of(manifest, 8, 2, 48), 2)
-    config = Config(data=DataConfig(prefetch_batches=1), scale=ScaleConfig(workers=2, cpus_per_worker=0.5))
-    shared_out = with_tasks_shared_out(config)
-    assert shared_out.decode_tasks == 1 and cpus_needed(config) == 3  # of 4 CPUs
+    config = Config(run="starve", scale=ScaleConfig(workers=2, cpus_per_worker=0.5))
+    memory = share_out(reader, 2, None, 8 << 30)
+    shared_out = share_of_one_rank(config, memory, on_gpu=False)
+    assert shared_out.cpus == 1 and cpus_needed(config) == 3  # of 4 CPUs
     ranks = [rank_batches(reader, shared_out, rank, 2, 0, 8 * 48) for rank in range(2)]
     for _ in range(96):
         first, second = (set(next(rank)["clip_id"]) for rank in ranks)

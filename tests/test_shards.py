@@ -18,7 +18,7 @@ import pytest
 from fvlm.data.decode import decode_clips, encode_frame
 from fvlm.data.describe import caption_lengths
 from fvlm.data.plan import Plan
-from fvlm.data.read import ClipReader
+from fvlm.data.read import BlockReader, ClipReader
 from fvlm.data.schema import DatasetSpec, EncodedClip, Manifest, ShardFile, frame_column, latent_column
 from fvlm.data.shards import ShardWriter, check_shards, open_shard, read_manifest, read_rows, write_manifest
 from fvlm.errors import UserError
@@ -226,7 +226,7 @@ def regroup(path: Path, sizes: list[int]) -> ShardFile:
 def read_with_plan(manifest: Manifest) -> None:
     """One epoch of training's reads."""
     plan = Plan(manifest.shard_rows, manifest.spec.rows_per_row_group, 0, 2, 1, 100, manifest.fingerprint)
-    list(ClipReader(manifest, plan, 2).read(0, plan.steps_per_epoch))
+    list(BlockReader(ClipReader(manifest, plan, 2)).steps(0, plan.steps_per_epoch))
 
 
 @pytest.mark.parametrize("sizes, had", [([4, 2, 4], "2, 4"), ([5, 5], "5"), ([10], "10"), ([2, 4, 4], "2, 4")])

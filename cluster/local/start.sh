@@ -37,6 +37,7 @@ chmod 600 "$dir/token"
 unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token RAY_USAGE_STATS_ENABLED=0
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # its only effect on Linux: 127.0.0.1 is used as it is
+export RAY_free_objects_batch_size=1 # or what training has dropped lies in the object store for another second
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # stop means now: checkpoints are on disk already
 
 # A session of its own: it outlives this terminal, and stop.sh can tell its processes from any other cluster's.

@@ -32,10 +32,11 @@ def decode_frame(data: bytes | memoryview, out: np.ndarray, spec: DatasetSpec) -
             raise ValueError(f"image is {pixels.shape}, the dataset says {out.shape}")
         out[:] = pixels
         return
-    height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    if (height, width) != out.shape[:2]:
-        raise ValueError(f"image is {height}x{width}, the dataset says {out.shape[0]}x{out.shape[1]}")
-    simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
+    decoded = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)  # ValueError: larger than `out`
+    if decoded.shape != out.shape:
+        raise ValueError(
+            f"image is {decoded.shape[0]}x{decoded.shape[1]}, the dataset says {out.shape[0]}x{out.shape[1]}"
+        )
 
 
 def even_steps(available: int, wanted: int) -> np.ndarray:

@@ -5,8 +5,12 @@ No torch here: an ingest process starts in a fraction of a second and stays smal
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+import dataclasses
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,113 +18,303 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from fvlm.config import Config
+from fvlm.data.cache import RowGroupCache
+from fvlm.data.corrupt import CorruptClip, Place, neighbours, read_corrupt
 from fvlm.data.decode import decode_frame, even_steps
 from fvlm.data.plan import Plan
+from fvlm.data.row_groups import RowGroups
 from fvlm.data.schema import DatasetSpec, Manifest, frame_column, latent_column
-from fvlm.data.shards import open_shard, read_rows
-from fvlm.errors import UserError
+from fvlm.data.storage import Storage
+from fvlm.errors import Damaged
 
 RawBatch = dict[str, Any]
-"""One rank's clips of one step:
-frames  [B, T, H, W, 3] uint8      latents  [B, T, C, h, w] int16, the bits of the stored half-precision type
-caption [B] strings                clip_id  [B] strings
+"""Clips of one rank, those of one or more steps one after another, N of them:
+frames   [N, T, H, W, 3] uint8     latents [N, T, C, h, w] int16, the bits of the stored half-precision type
+caption  [N] strings               clip_id [N] strings
+decode_s [N] float32, CPU seconds  read_s  [N] float32, seconds that its row group took to be read, shared by its rows
+replaced [N] strings: "", or what came in the way of the clip that the plan asked for (`CorruptClip` as JSON)
 """
 
-RING = 3
-"""Buffers that `read(reuse=True)` goes round: one is decoded into, one is handed out, one may still be copied from."""
+RING = 2
+"""Blocks of memory that a BlockReader goes round: one is decoded into, one is handed out."""
+REMOTE_READS = 4
+"""Row groups of a remote store that are fetched at a time."""
+
+Window = tuple[int, int]
+"""[lo, hi): steps that lie inside one window of the plan."""
 
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads windows of the plan from one dataset: T of the stored frames, their latents, captions and ids."""
+    """What to read: T of the stored frames of a dataset's clips, their latents, captions and ids, in a plan's order.
+
+    cache:     where row groups are kept once read; None: nowhere
+    replace:   a damaged clip's place is taken by a neighbour (`fvlm.data.corrupt`); False: it is an error
+    known_bad: clips that were damaged once and are replaced unseen
+
+    A value that travels to the ingest's processes; there a BlockReader does the work.
+    """
 
     manifest: Manifest
     plan: Plan
     num_frames: int
+    cache: RowGroupCache | None = None
+    replace: bool = False
+    known_bad: frozenset[Place] = frozenset()
+
+    @classmethod
+    def of_config(cls, manifest: Manifest, plan: Plan, config: Config) -> ClipReader:
+        """What the run of `config` reads; what its folder lists as damaged is known. Raises UserError."""
+        data = config.data
+        folder = str(Path(data.cache_dir).expanduser()) if data.cache_dir else ""
+        return cls(
+            manifest,
+            plan,
+            data.num_frames,
+            RowGroupCache(folder, int(data.cache_gb * 1e9)) if folder else None,
+            data.on_corrupt == "replace",
+            frozenset(read_corrupt(config.run_dir)),
+        )
 
     @property
     def frame_indices(self) -> np.ndarray:
         """[T]: which of the stored frames are used; the same for every clip."""
         return even_steps(self.manifest.spec.num_frames, self.num_frames)
 
-    def read(
-        self, lo: int, hi: int, rank: int = 0, world: int = 1, threads: int = 1, reuse: bool = False
-    ) -> Iterator[RawBatch]:
-        """One RawBatch for every step in [lo, hi), which must lie inside one window.
+    @property
+    def columns(self) -> list[str]:
+        used = self.frame_indices.tolist()
+        return ["clip_id", "caption", *map(frame_column, used), *map(latent_column, used)]
 
-        Each row group is read once and held compressed while the window lasts. Decoding runs one step ahead, on
-        `threads` threads (libjpeg-turbo works without the interpreter's lock).
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of one decoded clip."""
+        spec = self.manifest.spec
+        return self.num_frames * (3 * spec.frame_size**2 + spec.latent_bytes)
 
-        reuse: a batch is good only until the one after the next is asked for, because its memory is decoded into
-        again. Fresh memory costs as much as decoding: the kernel has to clear and map every page of it.
 
-        Raises UserError naming shard, row group, row and clip when something is damaged.
+class BlockReader:
+    """Decodes windows of the plan into memory that it uses again: fresh memory costs as much as decoding.
+
+    threads:     that decode (libjpeg-turbo works without the interpreter's lock)
+    block_steps: steps in one block
+    pad:         a window's last block is as long as the others: at its end are clips without an id, of undefined pixels
+
+    Each row group is read once while windows follow each other, and held compressed until no window needs it. Decoding
+    runs one block ahead, reading one window. Not for use by several threads.
+    """
+
+    def __init__(self, clips: ClipReader, threads: int = 1, block_steps: int = 1, pad: bool = False):
+        self.clips, self.block_steps, self._pad = clips, block_steps, pad
+        manifest, storage = clips.manifest, Storage(clips.manifest.root)
+        self._shards = manifest.files["name"]
+        self._row_groups = RowGroups(storage, manifest.spec, manifest.fingerprint, clips.cache)
+        self._decoding = ThreadPoolExecutor(threads, "decode")
+        self._reading = ThreadPoolExecutor(1 if storage.is_local else REMOTE_READS, "read")
+        self._held: dict[tuple[int, int], Future[_RowGroup]] = {}
+        self._lock = threading.Lock()  # of _held, where decoding threads look for neighbours
+        self._ring: list[tuple[np.ndarray, np.ndarray]] = []
+        self._blocks = itertools.count()
+
+    def read(self, window: Window, rank: int = 0, world: int = 1, then: Window | None = None) -> Iterator[RawBatch]:
+        """Blocks of `block_steps` steps, the last of a window perhaps shorter. `then`: the window that is next.
+
+        A block is good only until the next one is asked for: then its memory is decoded into again.
+
+        Raises Damaged naming shard, row group, row and clip when something is damaged and `replace` is False;
+        UserError when the store cannot be reached.
         """
-        places = np.stack(self.plan.rows(lo, hi, rank, world), axis=-1)  # [steps, B, 3]: shard, row group, row
-        wanted = np.unique(places[..., :2].reshape(-1, 2), axis=0)
-        tables = {(shard, group): self._row_group(shard, group) for shard, group in wanted.tolist()}
-        with ThreadPoolExecutor(threads) as pool:
-            ahead: tuple[RawBatch, list[Future[None]]] | None = None
-            for step, clips in enumerate(places.tolist()):
-                frames, latents = self._buffers(len(clips), step % RING if reuse else None)
-                decoding = [
-                    pool.submit(self._decode, tables[s, g], (s, g, r), frames[b], latents[b])
-                    for b, (s, g, r) in enumerate(clips)
-                ]
-                if ahead:
-                    yield _finished(*ahead)
-                texts = {key: [tables[s, g][key][r].as_py() for s, g, r in clips] for key in ("caption", "clip_id")}
-                ahead = {"frames": frames, "latents": latents} | texts, decoding
+        places = self._places(window, rank, world)  # [steps, B, 3]
+        self._hold([places, self._places(then, rank, world)] if then else [places])
+        ahead: tuple[int, list[Future[_Decoded]]] | None = None
+        for first in range(0, len(places), self.block_steps):
+            clips = [Place(*place) for place in places[first : first + self.block_steps].reshape(-1, 3).tolist()]
+            slot = next(self._blocks) % RING
+            frames, latents = self._memory(slot, self.block_steps * places.shape[1])
+            decoding = [
+                self._decoding.submit(self._clip, place, frames[i], latents[i]) for i, place in enumerate(clips)
+            ]
             if ahead:
-                yield _finished(*ahead)
+                yield self._block(*ahead)
+            ahead = slot, decoding
+        if ahead:
+            yield self._block(*ahead)
 
-    def _buffers(self, b: int, slot: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Memory for one batch: fresh, or this process's own number `slot`."""
-        spec, t = self.manifest.spec, self.num_frames
-        shapes = ((b, t, spec.frame_size, spec.frame_size, 3), (b, t, *spec.latent_shape))
-        return _allocate(*shapes) if slot is None else _ring(*shapes)[slot]
+    def steps(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[RawBatch]:
+        """Blocks of the steps [start, stop), as `read` gives them."""
+        windows = list(self.clips.plan.windows(start, stop))
+        for window, then in itertools.zip_longest(windows, windows[1:]):
+            yield from self.read(window, rank, world, then)
 
-    def _decode(self, table: pa.Table, place: tuple[int, int, int], frames: np.ndarray, latents: np.ndarray) -> None:
-        """One clip (shard, row group, row) into `frames` [T, H, W, 3] and `latents` [T, C, h, w]."""
-        spec, (shard, group, row) = self.manifest.spec, place
-        for t, index in enumerate(self.frame_indices):
-            image = memoryview(table[frame_column(index)][row].as_buffer()).cast("B")  # Arrow's bytes are signed
+    def close(self) -> None:
+        for pool in (self._decoding, self._reading):
+            pool.shutdown(cancel_futures=True)
+
+    def _places(self, window: Window, rank: int, world: int) -> np.ndarray:
+        """[steps, B, 3] int64: shard, row group, row."""
+        return np.stack(self.clips.plan.rows(*window, rank, world), axis=-1)
+
+    def _hold(self, windows: Sequence[np.ndarray]) -> None:
+        """Start to read what `windows` need and is not there, in the order of its first use; let go of all else."""
+        with self._lock:
+            wanted = dict.fromkeys(
+                (shard, group) for places in windows for shard, group, _ in places.reshape(-1, 3).tolist()
+            )
+            for key in self._held.keys() - wanted.keys():
+                self._held.pop(key).cancel()
+            for key in wanted:
+                if key not in self._held:
+                    self._held[key] = self._reading.submit(self._read_row_group, *key)
+
+    def _row_group(self, shard: int, group: int) -> _RowGroup:
+        """One that is held, or is held from now on until the next window. Raises Damaged."""
+        with self._lock:
+            if (shard, group) not in self._held:
+                self._held[shard, group] = self._reading.submit(self._read_row_group, shard, group)
+            future = self._held[shard, group]
+        return future.result()
+
+    def _read_row_group(self, shard: int, group: int) -> _RowGroup:
+        begin = time.perf_counter()
+        table = self._row_groups.read(self._shards[shard].as_py(), group, self.clips.columns)
+        return _RowGroup.of(table, self.clips, time.perf_counter() - begin)
+
+    def _memory(self, slot: int, clips: int) -> tuple[np.ndarray, np.ndarray]:
+        """Frames and latents of the `slot`th block."""
+        if not self._ring or len(self._ring[0][0]) != clips:
+            spec, t = self.clips.manifest.spec, self.clips.num_frames
+            self._ring = [
+                (
+                    np.empty((clips, t, spec.frame_size, spec.frame_size, 3), np.uint8),
+                    np.empty((clips, t, *spec.latent_shape), np.int16),
+                )
+                for _ in range(RING)
+            ]
+        return self._ring[slot]
+
+    def _block(self, slot: int, decoding: list[Future[_Decoded]]) -> RawBatch:
+        """Wait for the block's clips."""
+        done = [future.result() for future in decoding]
+        frames, latents = self._ring[slot]
+        if self._pad:
+            done += [_PADDING] * (len(frames) - len(done))
+        return {
+            "frames": frames[: len(done)],
+            "latents": latents[: len(done)],
+            "caption": [clip.caption for clip in done],
+            "clip_id": [clip.clip_id for clip in done],
+            "decode_s": np.array([clip.decode_s for clip in done], np.float32),
+            "read_s": np.array([clip.read_s for clip in done], np.float32),
+            "replaced": [clip.replaced for clip in done],
+        }
+
+    def _clip(self, place: Place, frames: np.ndarray, latents: np.ndarray) -> _Decoded:
+        """The clip at `place`, or the one that stands in for it, into `frames` [T, H, W, 3] and `latents`."""
+        if place in self.clips.known_bad:
+            return self._neighbour(place, Damaged("known from before", "known"), frames, latents)
+        try:
+            return self._decode(place, frames, latents)
+        except Damaged as error:
+            if not self.clips.replace:
+                raise
+            return self._neighbour(place, error, frames, latents)
+
+    def _decode(self, place: Place, frames: np.ndarray, latents: np.ndarray) -> _Decoded:
+        """Raises Damaged."""
+        group = self._row_group(place.shard, place.group)
+        begin = time.thread_time()
+        for t, (offsets, images) in enumerate(group.frames):
             try:
-                decode_frame(image, frames[t], spec)
+                decode_frame(images[offsets[place.row] : offsets[place.row + 1]], frames[t], self.clips.manifest.spec)
             except (ValueError, OSError) as error:
-                raise UserError(
-                    f"{self._path(shard)}: row group {group}, row {row}, clip {table['clip_id'][row].as_py()!r}, "
-                    f"frame {index}: cannot be decoded ({error}). Restore the shard from a copy."
+                raise Damaged(
+                    f"{self._row_groups.storage.locate(self._shards[place.shard].as_py())}: row group {place.group}, "
+                    f"row {place.row}, clip {group.clip_id[place.row]!r}, frame {self.clips.frame_indices[t]}: "
+                    f"cannot be decoded ({error}). Restore the shard from a copy.",
+                    "image",
                 ) from error
-            raw = np.frombuffer(table[latent_column(index)][row].as_buffer(), np.int16)
-            latents[t] = raw.reshape(spec.latent_shape)
+            latents[t] = group.latents[t][place.row]
+        return _Decoded(
+            group.caption[place.row], group.clip_id[place.row], time.thread_time() - begin, group.read_s / len(group)
+        )
 
-    def _row_group(self, shard: int, group: int) -> pa.Table:
-        path, rows = self._path(shard), self.manifest.files["rows"][shard].as_py()
-        return read_rows(_open(path, self.manifest.spec, rows), path, group, self.frame_indices.tolist())
+    def _neighbour(self, bad: Place, why: Damaged, frames: np.ndarray, latents: np.ndarray) -> _Decoded:
+        """The first whole clip among the neighbours of `bad`: a pure function of what lies on the disk."""
+        plan, whole_shard = self.clips.plan, why.reason in ("missing", "footer", "foreign")
+        for place in neighbours(bad, plan.shard_rows, plan.rows_per_row_group, whole_shard):
+            if place in self.clips.known_bad:
+                continue
+            try:
+                decoded = self._decode(place, frames, latents)
+            except Damaged:
+                continue
+            record = CorruptClip(*bad, self._shards[bad.shard].as_py(), self._clip_id(bad), str(why), decoded.clip_id)
+            return dataclasses.replace(decoded, replaced=json.dumps(dataclasses.asdict(record)))
+        raise why
 
-    def _path(self, shard: int) -> Path:
-        return Path(self.manifest.root) / self.manifest.files["name"][shard].as_py()
+    def _clip_id(self, place: Place) -> str | None:
+        """None where its row group cannot be read."""
+        try:
+            return self._row_group(place.shard, place.group).clip_id[place.row]
+        except Damaged:
+            return None
 
 
-def _finished(batch: RawBatch, decoding: list[Future[None]]) -> RawBatch:
-    for clip in decoding:
-        clip.result()
-    return batch
+@dataclass(frozen=True)
+class _Decoded:
+    """All of a clip but its pixels and latents."""
+
+    caption: str
+    clip_id: str
+    decode_s: float
+    read_s: float
+    replaced: str = ""
 
 
-def _allocate(frames: tuple[int, ...], latents: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    return np.empty(frames, np.uint8), np.empty(latents, np.int16)
+_PADDING = _Decoded("", "", 0.0, 0.0)
 
 
-@functools.lru_cache(maxsize=1)
-def _ring(frames: tuple[int, ...], latents: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [_allocate(frames, latents) for _ in range(RING)]
+@dataclass(frozen=True)
+class _RowGroup:
+    """The used columns of one row group, ready for access row by row: Arrow scalars cost more than small images do.
+
+    frames:  T of (offsets [R+1], bytes): image r lies at [offsets[r], offsets[r+1])
+    latents: T of [R, C, h, w] int16
+    """
+
+    caption: list[str]
+    clip_id: list[str]
+    frames: list[tuple[list[int], memoryview]]
+    latents: list[np.ndarray]
+    read_s: float
+
+    def __len__(self) -> int:
+        return len(self.clip_id)
+
+    @classmethod
+    def of(cls, table: pa.Table, clips: ClipReader, read_s: float) -> _RowGroup:
+        used = clips.frame_indices.tolist()
+        return cls(
+            table["caption"].to_pylist(),
+            table["clip_id"].to_pylist(),
+            [_images(table[frame_column(index)]) for index in used],
+            [_latents(table[latent_column(index)], clips.manifest.spec) for index in used],
+            read_s,
+        )
 
 
-@functools.lru_cache(maxsize=64)
-def _open(path: Path, spec: DatasetSpec, rows: int) -> pq.ParquetFile:
-    """Footers are parsed once a process, not once a window."""
-    return open_shard(path, spec, rows)
+def _images(column: pa.ChunkedArray) -> tuple[list[int], memoryview]:
+    array = column.combine_chunks()  # one chunk already: no copy
+    _, offsets, data = array.buffers()
+    numbers = np.frombuffer(offsets, np.int32, len(array) + 1, array.offset * 4)
+    return numbers.tolist(), memoryview(data).cast("B")  # Arrow's bytes are signed
+
+
+def _latents(column: pa.ChunkedArray, spec: DatasetSpec) -> np.ndarray:
+    array = column.combine_chunks()
+    numbers = np.frombuffer(
+        array.buffers()[1], np.int16, len(array) * spec.latent_bytes // 2, array.offset * spec.latent_bytes
+    )
+    return numbers.reshape(len(array), *spec.latent_shape)

@@ -92,11 +92,11 @@ class Logger:
     """Gathers every step's scalars; every `log_every` steps reads them and hands them to the sinks.
 
     Every rank runs one (the scalars are the same on all, and so are the averages in their checkpoints); only rank 0
-    has sinks.
+    has sinks. `feed` says how the ingest did since it was last asked.
     """
 
-    def __init__(self, run: Run, sinks: list[Sink]):
-        self.run, self.sinks = run, sinks
+    def __init__(self, run: Run, sinks: list[Sink], feed: Callable[[], Row] = dict):
+        self.run, self.sinks, self.feed = run, sinks, feed
 
     def after_step(self, step: int, scalars: Scalars) -> None:
         self.run.metrics.add(step, scalars)
@@ -132,7 +132,7 @@ class Logger:
             "train/vram_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
             "train/eta_s": (self.run.config.train.max_steps - self.run.step) * step_time,
             "train/trained_s": self.run.clock.trained_s,
-        }
+        } | self.feed()
 
 
 def _require_finite(row: Row) -> None:

@@ -111,11 +111,18 @@ def log_line(latest: Row, max_steps: int) -> str:
         return f"{short}: {coarse} -> [{fine}] r={ratio}"
 
     step = int(latest["step"])
+    ingest = ""
+    if "ingest/blocks" in latest:
+        ingest = (
+            f"ingest {latest['ingest/clips_per_s']:.1f} clips/s, decode {latest['ingest/decode_ms']:.1f} ms, "
+            f"{latest['ingest/blocks']:.0f} blocks {latest['ingest/store_mb']:.0f} MB waiting"
+        )
+        ingest += f", {latest['ingest/corrupt']:.0f} damaged clips | " if latest["ingest/corrupt"] else " | "
     return (
         f"step {step}/{max_steps} ({100 * step / max_steps:.1f}%) epoch {latest['train/epoch']:.2f} | "
         f"{losses('cap', 'caption')} | {losses('rec', 'recon')} | "
         f"{latest['train/step_time']:.3f} s/step {latest['train/clips_per_s']:.1f} clips/s "
-        f"wait {100 * latest['train/data_wait']:.1f}% | VRAM {latest['train/vram_gb']:.1f} GB | "
+        f"wait {100 * latest['train/data_wait']:.1f}% | {ingest}VRAM {latest['train/vram_gb']:.1f} GB | "
         f"ETA {duration(latest['train/eta_s'])}"
     )
 

@@ -26,7 +26,7 @@ from fvlm.data.read import ClipReader
 from fvlm.data.shards import read_manifest
 from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from ray_jobs.cluster import connect
-from ray_jobs.ingest import cpus_needed, rank_batches, with_tasks_shared_out
+from ray_jobs.ingest import cpus_needed, ingest_memory, rank_batches, share_of_one_rank, store_needed
 
 Task = dict[str, Any]
 DOCUMENTED_STORE = 0.3
@@ -37,9 +37,9 @@ SHUFFLE_CLIPS = 256
 def config_of(task: Task) -> Config:
     lanes = math.gcd(DataConfig.lanes, task["batch"])
     data = DataConfig(
-        f"{task['folder']}/parquet", global_batch=task["batch"], lanes=lanes, decode_tasks=task["variant"]
+        f"{task['folder']}/parquet", global_batch=task["batch"], lanes=lanes, decode_threads=task["variant"]
     )
-    return Config(run="bench-ingest", data=data)
+    return Config(run="bench-ingest", runs_dir=f"{task['folder']}/runs", data=data)
 
 
 @ray.remote
@@ -50,7 +50,8 @@ class Rank:
         self.task, self.root, self.config = task, root, config_of(task)
         manifest = read_manifest(self.config.data.path)
         plan = Plan.of_config(manifest, self.config)
-        self.reader = ClipReader(manifest, plan, self.config.data.num_frames)
+        self.reader = ClipReader.of_config(manifest, plan, self.config)
+        self.memory = ingest_memory(self.config, manifest)
         tokenizer = load_tokenizer(Path(task["folder"]) / "tokenizer")
         data = self.config.data
         self.collate = Collator(manifest.spec, CaptionTokenizer(tokenizer, data.max_caption_tokens, data.train_eos))
@@ -64,8 +65,8 @@ class Rank:
         return consume([self._batches()], self.root)
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:
-        data = with_tasks_shared_out(self.config)
-        for raw in rank_batches(self.reader, data, 0, 1, self.start, self.stop):
+        share = share_of_one_rank(self.config, self.memory, on_gpu=True)  # as its consumer, this one hardly computes
+        for raw in rank_batches(self.reader, share, 0, 1, self.start, self.stop):
             batch = self.collate(raw)
             yield batch.frames, batch.latents.view(torch.int16), batch.caption_ids, batch.clip_ids
 
@@ -73,7 +74,8 @@ class Rank:
 @contextlib.contextmanager
 def ours(task: Task) -> Iterator[Callable[[], dict[str, Any]]]:
     config = config_of(task)
-    with connect(num_cpus=max(os.cpu_count() or 1, cpus_needed(config))):
+    store = store_needed(config, ingest_memory(config, read_manifest(config.data.path)))
+    with connect(max(os.cpu_count() or 1, cpus_needed(config)), store):
         rank = Rank.options(num_cpus=config.scale.cpus_per_worker).remote(task, os.getpid())  # type: ignore[attr-defined]
         ray.get(rank.ready.remote())
         yield lambda: ray.get(rank.run.remote()) | store_figures()
