@@ -8,7 +8,6 @@ Shape letters used throughout the project:
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +35,20 @@ class Batch:
     labels: torch.Tensor
     clip_ids: tuple[str, ...]
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """frames, latents, caption_ids, labels"""
+        return self.frames, self.latents, self.caption_ids, self.labels
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return dataclasses.replace(
-            self,
-            **{
-                name: getattr(self, name).to(device, non_blocking=non_blocking)
-                for name in ("frames", "latents", "caption_ids", "labels")
-            },
-        )
+        return self._with([tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors()])
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, from which a GPU can fetch by itself."""
+        return self._with([tensor.pin_memory() for tensor in self.tensors()])
+
+    def _with(self, tensors: list[torch.Tensor]) -> Batch:
+        frames, latents, caption_ids, labels = tensors
+        return Batch(frames, latents, caption_ids, labels, self.clip_ids)
 
     def check(self) -> Batch:
         """Return self, or raise ValueError that names the field at fault. Costs no device synchronisation."""

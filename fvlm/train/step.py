@@ -24,13 +24,14 @@ def train_step(
 ) -> Scalars:
     """Forward, backward, average over ranks, clip, update. Changes model and optimizer in place.
 
-    `step` counts from 0; it sets the learning rate and whether the losses of the coarse tokens are read.
+    `batch` is on the model's device. `step` counts from 0; it sets the learning rate and whether the losses of the
+    coarse tokens are read.
     """
     device = model.q_static.device
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config.optim)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        losses = compute_losses(model, batch.to(device, non_blocking=True), config.objective, is_reading(step, config))
+        losses = compute_losses(model, batch, config.objective, is_reading(step, config))
     losses.loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average_gradients(parameters)
