@@ -26,6 +26,7 @@ from peers_env import PEERS, install_peers
 from summary import machine, report, summarise
 
 Results = dict[str, dict[str, Any]]
+PLAN_SCALE = "1000000000x1000000"
 
 
 def parse() -> argparse.Namespace:
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=Path("build/bench-peers"), help="the peers' environment")
     parser.add_argument("--json", type=Path, help="also write the line of JSON to this file")
     parser.add_argument(
-        "--plan-scale", nargs="?", const="1000000000x1000000", metavar="CLIPSxSHARDS",
+        "--plan-scale", nargs="?", const=PLAN_SCALE, metavar="CLIPSxSHARDS",
         help="measure the plan at this scale and nothing else",
     )  # fmt: skip
     args = parser.parse_args()
@@ -141,6 +142,7 @@ def side_by_side(bench: Bench) -> Results:
     }
     if "ours" in results and bench.args.rounds > 1:
         results["ours"] |= from_middle(bench, best["ours"], rounds["ours"][0]["ids"])
+        results["ours"] |= endurance(bench, best["ours"])
     return results
 
 
@@ -163,6 +165,12 @@ def from_middle(bench: Bench, variant: Any, ids: list[str]) -> dict[str, Any]:
         return {}
     same = result["ids"] == ids[-len(result["ids"]) :]
     return {"from_middle_first_s": result["first_s"], "from_middle_same_order": same}
+
+
+def endurance(bench: Bench, variant: Any) -> dict[str, Any]:
+    """Memory in each third of three epochs: does it stay where it was?"""
+    result = bench.attempt("ours", variant, "three epochs", watch_memory=True, epochs=3)
+    return {"peak_of_epochs": result["memory"]["peak_of_thirds"], "idle": result["memory"]["idle"]} if result else {}
 
 
 def plan_scale(size: str) -> dict[str, Any]:
@@ -188,6 +196,8 @@ def main() -> None:
         figures = {"machine": machine(), "clips": args.clips, "rounds": args.rounds, "epochs": args.epochs}
         figures |= {"batch": args.batch, "loaders": side_by_side(bench), "failed": bench.failed}
         print(report(figures))
+        print(f"\nThe plan over {' clips in '.join(PLAN_SCALE.split('x'))} shards")
+        figures["plan_scale"] = plan_scale(PLAN_SCALE)
     line = json.dumps(figures)
     print(line)
     if args.json:

@@ -34,8 +34,9 @@ class Contender:
 
 
 CONTENDERS = {
-    # 0: as many ingest tasks as training would have
-    "ours": Contender("ours", variants=lambda _: [0, 2], fixed=True),
+    # 0: as many decoding threads as training would have
+    "ours": Contender("ours", variants=lambda _: [0, 1], fixed=True),
+    "ours_roomy": Contender("ours, --ingest-memory 1.5GB", variants=lambda _: [0], fixed=True),
     "mds": Contender("MosaicML Streaming (MDS)", "mds"),
     "litdata": Contender("LitData", "litdata"),
     "webdataset": Contender("WebDataset", "webdataset"),

@@ -39,7 +39,8 @@ def config_of(task: Task) -> Config:
     data = DataConfig(
         f"{task['folder']}/parquet", global_batch=task["batch"], lanes=lanes, decode_threads=task["variant"]
     )
-    return Config(run="bench-ingest", runs_dir=f"{task['folder']}/runs", data=data)
+    memory = "1.5GB" if task["loader"] == "ours_roomy" else "auto"
+    return Config(run="bench-ingest", runs_dir=f"{task['folder']}/runs", ingest_memory=memory, data=data)
 
 
 @ray.remote

@@ -50,10 +50,10 @@ def prepared(task: Task) -> contextlib.AbstractContextManager[Callable[[], dict[
     """Everything up to the loader itself: imports, clusters. Enter it, then call what it gives."""
     if task["loader"] == "limit":
         return limit_pass(task)
-    if task["loader"] in ("ours", "raydata"):
+    if task["loader"] in ("ours", "ours_roomy", "raydata"):
         import on_ray
 
-        return on_ray.ours(task) if task["loader"] == "ours" else on_ray.documented(task)
+        return on_ray.documented(task) if task["loader"] == "raydata" else on_ray.ours(task)
     return peer_pass(task)
 
 

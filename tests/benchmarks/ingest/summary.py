@@ -81,7 +81,25 @@ def report(figures: dict[str, Any]) -> str:
             lines.append(f"| {contender.title} | {figures['failed'][name]} |")
     what = f"{figures['clips']} clips, batches of {figures['batch']}, medians of {figures['rounds']} rounds"
     lines += [f"{CONTENDERS[name].title}: {why}" for name, why in figures["failed"].items() if name in loaders]
-    return "\n".join([f"{what}; {figures['machine']['cores']} cores", *lines])
+    return "\n".join([f"{what}; {figures['machine']['cores']} cores", *lines, *remarks(loaders)])
+
+
+def remarks(loaders: dict[str, Any]) -> list[str]:
+    """What the table has no column for."""
+    ours, mds, lines = loaders.get("ours", {}), loaders.get("mds", {}), []
+    for name in ("ours", "ours_roomy"):
+        if loaders.get(name, {}).get("steady") and mds.get("steady"):
+            title = CONTENDERS[name].title
+            lines.append(f"{title}: {loaders[name]['steady'] / mds['steady']:.2f} times {CONTENDERS['mds'].title}")
+    if "from_middle_first_s" in ours:
+        same = "the same order" if ours["from_middle_same_order"] else "ANOTHER ORDER"
+        lines.append(
+            f"ours, from the middle of the epoch: first batch after {ours['from_middle_first_s']:.1f} s, {same}"
+        )
+    if "peak_of_epochs" in ours:
+        peaks = ", ".join(f"{(peak - ours['idle']['total']) / 1e6:,.0f}" for peak in ours["peak_of_epochs"])
+        lines.append(f"ours, memory above idle in each third of three epochs: {peaks} MB")
+    return lines
 
 
 def cells(loader: dict[str, Any], limit: float | None) -> list[str]:
