@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from fvlm.errors import UserError
 
@@ -49,7 +50,7 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = ""
-    """Folder of a prepared dataset."""
+    """A prepared dataset: a folder, s3://bucket/path or gs://bucket/path."""
     num_frames: int = 8
     """T: frames used a clip, at even steps among the stored ones."""
     frame_size: int = 256
@@ -58,7 +59,7 @@ class DataConfig:
     """G: clips in one optimizer step, over all ranks."""
     lanes: int = 16
     """C: canonical streams. The number of ranks must divide it; it must divide `global_batch`."""
-    window_steps: int = 16
+    window_steps: int = 8
     """Rows are shuffled inside windows of so many steps of a lane; also the steps that one ingest task prepares."""
     max_caption_tokens: int = 64
     """Longer captions are cut, counted and shown."""
@@ -235,6 +236,12 @@ def validate(config: Config) -> Config:
         "scale.cpus_per_worker": config.scale.cpus_per_worker,
     }.items():
         _require(value >= 0, f"--{key.replace('_', '-')} is {value}; it must not be negative.")
+    _require(
+        not urlsplit(data.path).password,
+        "--data.path holds a secret, which would be stored with the run, shown in W&B and in lists of jobs. Leave it "
+        "out, and give it as the store's own clients expect: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, ...",
+    )
+    _require("://" not in config.runs_dir, f"--runs-dir {config.runs_dir}: give a folder; a run cannot lie elsewhere.")
     _require(
         data.global_batch % data.lanes == 0,
         f"--data.lanes {data.lanes} does not divide --data.global-batch {data.global_batch}. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Damage = Literal["missing", "footer", "foreign", "rows", "image", "known"]
+Damage = Literal["missing", "footer", "foreign", "rows", "image"]
 
 
 class UserError(Exception):
@@ -22,7 +22,6 @@ class Damaged(UserError):
             "foreign"  a whole shard, but of another dataset
             "rows"     a row group cannot be read: a page checksum is wrong, or its pages make no sense
             "image"    a frame does not decode
-            "known"    it was damaged when it was last looked at
     """
 
     def __init__(self, message: str, reason: Damage):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from ray.experimental import internal_kv
 
-from fvlm.batch import Batch
-from fvlm.data.collate import Collator
 from fvlm.data.corrupt import CorruptClip
 from fvlm.data.memory import MB
 from fvlm.data.read import RawBatch
@@ -18,38 +17,39 @@ from fvlm.train.metrics import Row
 from ray_jobs.ingest import Share, waiting_key
 
 
-class Feed(Iterator[Batch]):
-    """Collates `raw`; `lap()` says how the ingest did since the last one.
+class Feed(Iterator[RawBatch]):
+    """Hands `raw` on; `lap()` says how the ingest did since the last one.
 
-    corrupt: called with the clips that others stand in for, as soon as a batch has some; returns how many are known
+    corrupt: called with the damaged clips that others stand in for, before a batch that has some is handed on
     """
 
     def __init__(
         self,
         raw: Iterator[RawBatch],
-        collate: Collator,
         share: Share,
         rank: int,
-        corrupt: Callable[[list[CorruptClip]], int],
+        corrupt: Callable[[list[CorruptClip]], object],
     ):
-        self._raw, self._collate, self._share, self._rank, self._corrupt = raw, collate, share, rank, corrupt
-        self.known_corrupt = 0
+        self._raw, self._share, self._rank, self._corrupt = raw, share, rank, corrupt
         self.replaced = 0
+        self.events: Counter[str] = Counter()
         self._begin()
 
     def _begin(self) -> None:
         self._since, self._clips, self._decode_s, self._read_s = time.perf_counter(), 0, 0.0, 0.0
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> RawBatch:
         raw = next(self._raw)
         self._clips += len(raw["clip_id"])
         self._decode_s += float(np.sum(raw["decode_s"]))
         self._read_s += float(np.sum(raw["read_s"]))
-        replaced = [CorruptClip(**json.loads(text)) for text in map(str, raw["replaced"]) if text]
+        for text in filter(None, map(str, raw["events"])):
+            self.events.update(json.loads(text))
+        replaced = [CorruptClip.from_json(text) for text in map(str, raw["replaced"]) if text]
         if replaced:
             self.replaced += len(replaced)
-            self.known_corrupt = self._corrupt(replaced)
-        return self._collate(raw)
+            self._corrupt(replaced)
+        return raw
 
     def lap(self) -> Row:
         """Of this rank, since the last call:
@@ -60,10 +60,11 @@ class Feed(Iterator[Batch]):
         ingest/blocks           decoded blocks that wait in the object store now
         ingest/store_mb         their size
         ingest/replaced         clips that others stood in for, since the start of this process
-        ingest/corrupt          clips of the dataset that are known to be damaged
+        ingest/EVENT            times that it happened in the ingest's process, since the start of this one; for each
+                                `fvlm.data.counts.Event` that did: retries, cache_hits, ...
         """
+        blocks = blocks_waiting(self._rank)  # first: it takes milliseconds, which are not to be lost
         passed, clips = time.perf_counter() - self._since, max(self._clips, 1)
-        blocks = blocks_waiting(self._share, self._rank)
         row = {
             "ingest/clips_per_s": self._clips / passed,
             "ingest/decode_ms": 1000 * self._decode_s / clips,
@@ -71,13 +72,12 @@ class Feed(Iterator[Batch]):
             "ingest/blocks": float(blocks),
             "ingest/store_mb": blocks * self._share.memory.block_bytes / MB,
             "ingest/replaced": float(self.replaced),
-            "ingest/corrupt": float(self.known_corrupt),
-        }
+        } | {f"ingest/{event}": float(times) for event, times in self.events.items()}
         self._begin()
         return row
 
 
-def blocks_waiting(share: Share, rank: int) -> int:
+def blocks_waiting(rank: int) -> int:
     """Blocks in Ray Data's hands, as the executor last said (at most half a second ago)."""
-    value = internal_kv._internal_kv_get(waiting_key(share, rank))
+    value = internal_kv._internal_kv_get(waiting_key(rank))
     return int(value) if value else 0

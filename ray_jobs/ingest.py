@@ -12,11 +12,12 @@ and the consumer's prefetch.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,9 @@ from fvlm.data.memory import GENERATOR_BLOCKS, MB, IngestMemory, parse_bytes, sh
 from fvlm.data.plan import Plan
 from fvlm.data.read import BlockReader, ClipReader, RawBatch, Window
 from fvlm.data.schema import Manifest
+from fvlm.errors import UserError
 
-TASK_WINDOWS = 16
+TASK_WINDOWS = 32
 """Windows that one task of the decoding actor prepares; what a killed one has to decode again."""
 CHAPTER_TASKS = 64
 """Tasks planned as one dataset. Ray Data makes all of them up front (1.3 ms each); a long run is read in chapters."""
@@ -57,13 +59,11 @@ class Share:
     memory: IngestMemory
     threads: int
     cpus: int
-    run: str
-    """Names the run's entries in the cluster's key-value store."""
 
 
-def waiting_key(share: Share, rank: int) -> bytes:
-    """Where the executor says how many blocks wait."""
-    return f"fvlm/{share.run}/{rank}/waiting".encode()
+def waiting_key(rank: int) -> bytes:
+    """Where the executor says how many blocks wait: an entry of the cluster's key-value store, of this job alone."""
+    return f"fvlm/{ray.get_runtime_context().get_job_id()}/{rank}/waiting".encode()
 
 
 def ingest_memory(config: Config, manifest: Manifest) -> IngestMemory:
@@ -90,33 +90,36 @@ def share_of_one_rank(config: Config, memory: IngestMemory, on_gpu: bool) -> Sha
     free = ray.cluster_resources().get("CPU", 0) - scale.workers * scale.cpus_per_worker
     largest_node = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
     cpus = max(1, int(min(free // scale.workers, largest_node - scale.cpus_per_worker, MOST_THREADS)))
-    return Share(memory, config.data.decode_threads or cpus + on_gpu, cpus, config.run_name)
+    return Share(memory, config.data.decode_threads or cpus + on_gpu, cpus)
 
 
 def rank_batches(reader: ClipReader, share: Share, rank: int, world: int, start: int, stop: int) -> Iterator[RawBatch]:
     """This rank's part of the steps [start, stop), one RawBatch a step, in the plan's order.
 
-    Arrays are views into the object store: drop a batch before asking for many more. Raises what reading raised
-    (Damaged, UserError).
+    Arrays are views into the object store: drop a batch before asking for many more. Raises UserError after the last
+    batch before the one that cannot be had: damaged, or out of reach.
     """
     windows = reader.plan.windows(start, stop)
     size = reader.plan.global_batch // world
     while chapter := list(itertools.islice(windows, CHAPTER_TASKS * TASK_WINDOWS)):
         delivered = 0
-        for batch in steps_of(_blocks(reader, share, rank, world, chapter), size):
-            yield batch
-            delivered += 1
+        with contextlib.closing(_blocks(reader, share, rank, world, chapter)) as blocks:
+            for batch in steps_of(blocks, size):
+                yield batch
+                delivered += 1
         wanted = chapter[-1][1] - chapter[0][0]
         if delivered != wanted:
             raise RuntimeError(f"Ray Data delivered {delivered} steps of rank {rank} where the plan has {wanted}")
 
 
 def steps_of(blocks: Iterator[RawBatch], size: int) -> Iterator[RawBatch]:
-    """Blocks -> batches of `size` clips, views of them; padding is dropped."""
+    """Blocks -> batches of `size` clips, views of them, without padding. Raises the UserError that a block carries."""
     for block in blocks:
         clips = int(np.count_nonzero(block["clip_id"] != ""))
         for at in range(0, clips, size):
             yield {key: column[at : at + size] for key, column in block.items()}
+        if clips < len(block["caption"]) and block["caption"][clips]:
+            raise UserError(str(block["caption"][clips]))
 
 
 def cpus_needed(config: Config) -> int:
@@ -124,13 +127,15 @@ def cpus_needed(config: Config) -> int:
     return math.ceil(config.scale.workers * (config.scale.cpus_per_worker + 1))
 
 
-def _blocks(reader: ClipReader, share: Share, rank: int, world: int, windows: list[Window]) -> Iterator[RawBatch]:
+def _blocks(
+    reader: ClipReader, share: Share, rank: int, world: int, windows: list[Window]
+) -> Generator[RawBatch, None, None]:
     """One chapter through Ray Data."""
     _configure(DataContext.get_current(), share, rank)
-    tasks = math.ceil(len(windows) / TASK_WINDOWS)
-    dataset = ray.data.range(tasks, override_num_blocks=tasks).map_batches(
+    tasks = [windows[first : first + TASK_WINDOWS] for first in range(0, len(windows), TASK_WINDOWS)]
+    dataset = ray.data.range(len(tasks), override_num_blocks=len(tasks)).map_batches(
         Decoder,
-        fn_constructor_args=(reader, share, rank, world, windows),
+        fn_constructor_args=(reader, share, rank, world, tasks),
         batch_size=None,
         num_cpus=share.cpus,
         compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),  # of two, the second may run first
@@ -154,24 +159,27 @@ def _configure(context: DataContext, share: Share, rank: int) -> None:
     context.op_resource_reservation_enabled = False  # BlockLimit does that
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [BlockLimit])
     context.set_config(
-        BlockLimit.KEY, (share.memory.waiting + TAKEN_BLOCKS, share.memory.block_bytes, waiting_key(share, rank))
+        BlockLimit.KEY, (share.memory.waiting + TAKEN_BLOCKS, share.memory.block_bytes, waiting_key(rank))
     )
 
 
 class Decoder:
-    """The actor that decodes for one rank. A row says which windows."""
+    """The actor that decodes for one rank. A row of its input is the number of a task."""
 
-    def __init__(self, reader: ClipReader, share: Share, rank: int, world: int, windows: list[Window]):
+    def __init__(self, reader: ClipReader, share: Share, rank: int, world: int, tasks: list[list[Window]]):
         os.nice(NICENESS)
         self._reader = BlockReader(reader, share.threads, share.memory.block_steps, pad=True)
-        self._rank, self._world, self._windows = rank, world, windows
+        self._rank, self._world, self._tasks = rank, world, tasks
+        self._unchecked = reader.cache
 
     def __call__(self, tasks: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+        if self._unchecked:  # not in the constructor: Ray would try that again and again, and pass on its text alone
+            self._unchecked.check()
+            self._unchecked = None
         for task in tasks["id"].tolist():
-            for index in range(task * TASK_WINDOWS, min((task + 1) * TASK_WINDOWS, len(self._windows))):
-                then = self._windows[index + 1] if index + 1 < len(self._windows) else None
-                # Ray copies a block into the object store before it asks for the next, so memory can be used again.
-                yield from self._reader.read(self._windows[index], self._rank, self._world, then)
+            then = self._tasks[task + 1][0] if task + 1 < len(self._tasks) else None
+            # Ray copies a block into the object store before it asks for the next, so memory can be used again.
+            yield from self._reader.read(self._tasks[task], self._rank, self._world, then)
 
 
 class BlockLimit(BackpressurePolicy):

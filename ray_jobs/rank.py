@@ -12,15 +12,16 @@ import torch
 
 from fvlm.config import Config
 from fvlm.data.collate import Collator
-from fvlm.data.corrupt import CorruptClip, CorruptList
+from fvlm.data.corrupt import CORRUPT, CorruptClip, CorruptList
 from fvlm.data.memory import IngestMemory
 from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
 from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.model.hub import build_model
+from fvlm.train.device import on_device
 from fvlm.train.loop import Logger, Run, Saver, train
-from fvlm.train.metrics import Clock, Metrics
+from fvlm.train.metrics import Clock, Metrics, Row
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, latest_checkpoint
 from fvlm.train.sinks import JsonLines, Sink, TrainLog, Wandb
@@ -36,13 +37,21 @@ class Ledger:
     """What all ranks of a run share: why one gave up, so that no restart of the group tries the same in vain; and the
     list of damaged clips, which has one writer."""
 
-    def __init__(self, config: Config, clips: int) -> None:
+    def __init__(self, corrupt: CorruptList) -> None:
         self._reason: str | None = None
-        self._corrupt = CorruptList(config.run_dir, clips, config.data.max_corrupt)
+        self._corrupt = corrupt
+        self._news: list[CorruptClip] = []
+        self._replaced = 0
 
-    def corrupt(self, records: list[CorruptClip]) -> tuple[list[CorruptClip], int]:
-        """-> those that were not known, and how many are known now. Raises UserError when they are too many."""
-        return [record for record in records if self._corrupt.add(record)], len(self._corrupt.known)
+    def replaced(self, clips: list[CorruptClip]) -> None:
+        """Others stood in for these, on one rank. Raises UserError when too many are damaged."""
+        self._replaced += len(clips)
+        self._news += [clip for clip in clips if self._corrupt.add(clip)]
+
+    def damage(self) -> tuple[list[CorruptClip], int, int]:
+        """-> clips found damaged since the last call, on any rank; how many are known; how often others stood in."""
+        news, self._news = self._news, []
+        return news, len(self._corrupt.known), self._replaced
 
     def record(self, reason: str) -> None:
         self._reason = self._reason or reason
@@ -83,28 +92,47 @@ def run_rank(config: Config, manifest: Manifest, memory: IngestMemory, ledger: A
     sinks: list[Sink] = make_sinks(config, run.step) if rank == 0 else []
     if rank == 0:
         remove_leftovers(run_dir / CHECKPOINTS)
-    announce(run, manifest, sinks, checkpoint, world)
+    reader = ClipReader.of_config(manifest, run.plan, config)
+    announce(run, reader, sinks, checkpoint, world)
     collate = Collator(manifest.spec, CaptionTokenizer(
         load_tokenizer(run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos))  # fmt: skip
 
-    def corrupt(records: list[CorruptClip]) -> int:
-        new, known = ray.get(ledger.corrupt.remote(records))
-        for record in new:
-            print(f"replaced by {record.replaced_by!r}: {record.error}", flush=True)
-            for sink in sinks:
-                sink.note(f"replaced by clip {record.replaced_by!r}: {record.error}")
-        return known
+    def lap() -> Row:
+        # The other ranks' rows are not written anywhere, and what they asked for the first would not hear of.
+        return feed.lap() | (tell_damage(ledger, sinks) if rank == 0 else {})
 
-    reader = ClipReader.of_config(manifest, run.plan, config)
     share = share_of_one_rank(config, memory, device.type == "cuda")
     raw = rank_batches(reader, share, rank, world, run.step, config.train.max_steps)
-    feed = Feed(raw, collate, share, rank, corrupt)
-    logger = Logger(run, sinks, feed.lap)
-    train(run, feed, [logger, Saver(run, run_dir / CHECKPOINTS, rank == 0, report_checkpoint)])
+    feed = Feed(raw, share, rank, lambda clips: ray.get(ledger.replaced.remote(clips)))
+    logger = Logger(run, sinks, lap)
+    saver = Saver(run, run_dir / CHECKPOINTS, rank == 0, report_checkpoint)
+    train(run, on_device(map(collate, feed), device), [logger, saver])
+    known = int(lap()["ingest/corrupt"]) if rank == 0 else 0
     for sink in sinks:
         sink.note(f"finished {run.step} steps in {run.clock.trained_s:.0f} s of training; "
                   f"rank 0 cut {collate.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip
+        for line in known_damage(config, known):
+            sink.note(line)
         sink.close()
+
+
+def tell_damage(ledger: Any, sinks: list[Sink]) -> Row:
+    """Note the clips that any rank found damaged since the last call.
+
+    ingest/corrupt   clips of the dataset that are known to be damaged, from earlier starts too
+    ingest/replaced  times that another clip stood in for one, on all ranks, since the command was started
+    """
+    found, known, replaced = ray.get(ledger.damage.remote())
+    for clip in found:
+        for sink in sinks:
+            sink.note(f"damaged, clip {clip.replaced_by!r} stands in for it: {clip.error}")
+    return {"ingest/corrupt": float(known), "ingest/replaced": float(replaced)}
+
+
+def known_damage(config: Config, clips: int) -> list[str]:
+    """One line, where there is something to say."""
+    listed = f"listed in {config.run_dir / CORRUPT}"
+    return [f"{clips} clips are known to be damaged, others stand in for them; {listed}"] if clips else []
 
 
 def make_run(config: Config, manifest: Manifest, device: torch.device, checkpoint: Path | None) -> Run:
@@ -129,15 +157,16 @@ def make_sinks(config: Config, step: int) -> list[Sink]:
     return sinks
 
 
-def announce(run: Run, manifest: Manifest, sinks: list[Sink], checkpoint: Path | None, world: int) -> None:
+def announce(run: Run, reader: ClipReader, sinks: list[Sink], checkpoint: Path | None, world: int) -> None:
     """The first lines of a start: what, on what, from where."""
     parameters = sum(p.numel() for p in run.model.parameters())
     plan = run.plan
     lines = [
         f"{run.config.run_name}: {parameters / 1e6:.1f} M parameters on {world} x {run.model.q_static.device.type}, "
-        f"{manifest.num_clips} clips, {plan.steps_per_epoch} steps an epoch; {plan.remainder} clips are left out "
+        f"{plan.num_clips} clips, {plan.steps_per_epoch} steps an epoch; {plan.remainder} clips are left out "
         "of each epoch, other ones each time",
         f"resumed at step {run.step} from {checkpoint.name}" if checkpoint else "starting at step 0",
+        *known_damage(run.config, len(reader.known_bad)),
     ]
     for sink in sinks:
         for line in lines:

@@ -27,6 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from fvlm import presets
 from fvlm.config import Config
+from fvlm.data.storage import is_uri
 from fvlm.errors import UserError
 from ray_jobs.cli import run_command
 from ray_jobs.options import parse
@@ -47,15 +48,16 @@ LOST = (OSError, RuntimeError, aiohttp.ClientError)
 """What Ray's client raises when a request fails; the errors of `requests` are OSErrors."""
 
 HELP = f"""
-exit code: 0 when the run is finished; 2 when the input was at fault, found here or by the job; {STOPPED} when the job
-was stopped; {INTERRUPTED} after Ctrl-C, which leaves the job running; otherwise the job's own.
+exit code: 0 when the run is finished; 1 when --feed-test found that the GPU would wait; 2 when the input was at fault,
+found here or by the job; {STOPPED} when the job was stopped; {INTERRUPTED} after Ctrl-C, which leaves the job running;
+otherwise the job's own.
 
 The same command continues a run that was stopped or failed. Relative paths are taken from this folder and have to
 exist, as they are then, on the cluster's nodes.
 
 Token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN); cluster/local/start.sh prints the lines.
-W&B: WANDB_API_KEY or `wandb login` belong on the cluster's nodes. Nothing of this shell's environment travels: whoever
-may list jobs can read what a job was given.
+W&B: WANDB_API_KEY or `wandb login` belong on the cluster's nodes, and so do the credentials of S3 or Google storage.
+Nothing of this shell's environment travels: whoever may list jobs can read what a job was given.
 """
 
 
@@ -116,13 +118,14 @@ def absolute(config: Config) -> Config:
     """The config with paths that mean the same in the job, which runs in a temporary copy of the code."""
     if not config.data.path:
         raise UserError("--data.path is missing: the folder of a prepared dataset, as the cluster's nodes see it.")
-    data = dataclasses.replace(config.data, path=_absolute(config.data.path))
+    path, cache_dir = _absolute(config.data.path), _absolute(config.data.cache_dir)
+    data = dataclasses.replace(config.data, path=path, cache_dir=cache_dir)
     runs_dir, imported = _absolute(config.runs_dir), _absolute(config.import_checkpoint)
     return dataclasses.replace(config, data=data, runs_dir=runs_dir, import_checkpoint=imported)
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
+    return str(Path(path).expanduser().absolute()) if path and not is_uri(path) else path
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -202,6 +205,8 @@ def next_attempt(client: JobSubmissionClient, config: Config) -> str:
 def entrypoint(config: Config, args: list[str]) -> str:
     """The command of the job. A later option overrides an earlier one."""
     paths = ["--data.path", config.data.path, "--runs-dir", config.runs_dir]
+    if config.data.cache_dir:
+        paths += ["--data.cache-dir", config.data.cache_dir]
     if config.import_checkpoint:
         paths += ["--import-checkpoint", config.import_checkpoint]
     return shlex.join(["python", "-m", "ray_jobs.train", *args, *paths])

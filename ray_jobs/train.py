@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 import ray.train
 from ray.train import CheckpointConfig, RunConfig, ScalingConfig
@@ -19,19 +23,23 @@ from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfi
 
 from fvlm.config import Config
 from fvlm.convert.legacy_checkpoint import import_run
+from fvlm.data.corrupt import CorruptList
 from fvlm.data.memory import MB, IngestMemory
 from fvlm.data.plan import Plan
+from fvlm.data.row_groups import stored_captions
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import check_shards, read_manifest
+from fvlm.data.storage import is_uri
 from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
-from fvlm.errors import UserError
+from fvlm.errors import Damaged, UserError
 from fvlm.model.hub import vocabulary_size
 from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, exclusive, finished_steps, latest_checkpoint, open_run
 from fvlm.train.sinks import TRAIN_LOG
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
+from ray_jobs.feed_test import feeds
 from ray_jobs.ingest import cpus_needed, ingest_memory, store_needed
-from ray_jobs.options import parse
+from ray_jobs.options import FeedTest, command_line
 from ray_jobs.rank import Ledger, train_rank
 
 CAPTIONS_FOR_TOKENIZER = 100_000
@@ -39,7 +47,10 @@ CAPTIONS_FOR_TOKENIZER = 100_000
 
 def main() -> None:
     """The command: parse, check everything that can be checked, then train on Ray."""
-    config = parse()
+    config, test = command_line()
+    config = settle_paths(config)
+    if test:
+        sys.exit(0 if run_feed_test(config, test) else 1)
     manifest = prepare_run(config)
     run_dir, steps = config.run_dir, config.train.max_steps
     if finished_steps(run_dir) >= steps:
@@ -48,36 +59,70 @@ def main() -> None:
     print(config.describe(), flush=True)
     memory = ingest_memory(config, manifest)
     print(f"ingest: at most {memory}", flush=True)
-    with (
-        exclusive(run_dir),
-        connect(max(os.cpu_count() or 1, cpus_needed(config)), store_needed(config, memory)),
-        follow(run_dir / TRAIN_LOG),
-    ):
-        fit(config, manifest, memory)
+    with exclusive(run_dir):
+        corrupt = CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: before anything starts
+        with cluster(config, memory), follow(run_dir / TRAIN_LOG):
+            fit(config, manifest, memory, Ledger.options(num_cpus=0).remote(corrupt))  # type: ignore[attr-defined]
     print(f"{config.run_name}: finished {steps} steps. Checkpoint: {latest_checkpoint(run_dir)}", flush=True)
 
 
-def prepare_run(config: Config) -> Manifest:
-    """Everything that can fail before a GPU is taken: dataset, plan, run folder, tokenizer. Raises UserError."""
-    if not config.data.path:
-        raise UserError(
-            "--data.path is missing: the folder of a prepared dataset (`python -m ray_jobs.prepare --help`)."
-        )
+def settle_paths(config: Config) -> Config:
+    """The config with a cache folder that is the same in every process: ranks do not run in this one's folder.
+
+    Raises UserError for a relative path in a submitted job.
+    """
     paths = {
         "--data.path": config.data.path,
+        "--data.cache-dir": config.data.cache_dir,
         "--runs-dir": config.runs_dir,
         "--import-checkpoint": config.import_checkpoint,
     }
     for key, value in paths.items():
-        if in_job_copy() and value and not Path(value).expanduser().is_absolute():
+        if in_job_copy() and value and not is_uri(value) and not Path(value).expanduser().is_absolute():
             raise UserError(
                 f"{key} {value!r} is relative, but a submitted job runs in a temporary copy of the code; "
                 "what it wrote there would be lost. Give an absolute path that all nodes see."
             )
-    manifest = read_manifest(Path(config.data.path).expanduser().resolve())
+    if not config.data.cache_dir:
+        return config
+    cache_dir = str(Path(config.data.cache_dir).expanduser().absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=cache_dir))
+
+
+def cluster(config: Config, memory: IngestMemory) -> AbstractContextManager[None]:
+    """The one that was named, or one on this machine, of the size that the run needs."""
+    return connect(max(os.cpu_count() or 1, cpus_needed(config)), store_needed(config, memory))
+
+
+def run_feed_test(config: Config, test: FeedTest) -> bool:
+    """Whether the ingest would feed a GPU. Makes no run folder. Raises UserError."""
+    manifest = open_dataset(config)
+    memory = ingest_memory(config, manifest)
+    print(f"ingest: at most {memory}", flush=True)
+    with cluster(config, memory):
+        check_resources(config, memory, use_gpu=False)
+        return feeds(config, manifest, memory, test)
+
+
+def open_dataset(config: Config) -> Manifest:
+    """Everything about the data that can fail: paths, manifest, plan, memory, shards. Raises UserError."""
+    if not config.data.path:
+        raise UserError(
+            "--data.path is missing: the folder of a prepared dataset (`python -m ray_jobs.prepare --help`)."
+        )
+    path = config.data.path
+    manifest = read_manifest(path if is_uri(path) else Path(path).expanduser().resolve())
     check_dataset(config, manifest)
     Plan.of_config(manifest, config)  # a dataset that does not fill one batch is an error here
-    check_shards(manifest)
+    ingest_memory(config, manifest)  # and a budget that does not suffice
+    for damage in check_shards(manifest, damage_is_error=config.data.on_corrupt == "stop"):
+        print(f"damaged, its clips will be replaced: {damage}", flush=True)
+    return manifest
+
+
+def prepare_run(config: Config) -> Manifest:
+    """Everything that can fail before a GPU is taken: dataset, run folder, tokenizer. Raises UserError."""
+    manifest = open_dataset(config)
     is_new = not config.run_dir.exists()
     run_dir = open_run(config, manifest)
     try:
@@ -95,12 +140,12 @@ def check_dataset(config: Config, manifest: Manifest) -> None:
     spec, data = manifest.spec, config.data
     if spec.frame_size != data.frame_size:
         raise UserError(
-            f"{manifest.root} holds frames of {spec.frame_size} px; the config wants {data.frame_size}. "
+            f"{manifest.where} holds frames of {spec.frame_size} px; the config wants {data.frame_size}. "
             f"Use --data.frame-size {spec.frame_size}, or prepare the videos at {data.frame_size}."
         )
     if spec.num_frames < data.num_frames:
         raise UserError(
-            f"{manifest.root} holds {spec.num_frames} frames a clip; the config wants {data.num_frames}. "
+            f"{manifest.where} holds {spec.num_frames} frames a clip; the config wants {data.num_frames}. "
             f"Use --data.num-frames {spec.num_frames} or less, or prepare with more."
         )
 
@@ -112,28 +157,30 @@ def make_tokenizer(config: Config, manifest: Manifest, folder: Path) -> None:
     if config.model.init == "hub":
         save_tokenizer(hub_tokenizer(config.model.language), folder)
         return
-    save_tokenizer(train_tokenizer(captions(manifest), vocabulary_size(config.model)), folder)
+    texts = captions(manifest, tolerant=config.data.on_corrupt == "replace")
+    save_tokenizer(train_tokenizer(texts, vocabulary_size(config.model)), folder)
 
 
-def captions(manifest: Manifest) -> Iterator[str]:
-    """The captions of the dataset, in file order, at most CAPTIONS_FOR_TOKENIZER."""
-    left = CAPTIONS_FOR_TOKENIZER
-    for name in manifest.files["name"].to_pylist():
-        if left <= 0:
-            return
-        column = pq.read_table(Path(manifest.root) / name, columns=["caption"])["caption"][:left]
-        left -= len(column)
-        yield from column.to_pylist()
+def captions(manifest: Manifest, tolerant: bool) -> Iterator[str]:
+    """The captions of the dataset, in file order, at most CAPTIONS_FOR_TOKENIZER.
+
+    tolerant: row groups that are damaged are left out, each with a line; otherwise they are an error (Damaged)
+    """
+
+    def left_out(damage: Damaged) -> None:
+        print(f"left out of the tokenizer's training: {damage}", flush=True)
+
+    shards = stored_captions(manifest, left_out if tolerant else None)
+    return itertools.islice(itertools.chain.from_iterable(shards), CAPTIONS_FOR_TOKENIZER)
 
 
-def fit(config: Config, manifest: Manifest, memory: IngestMemory) -> None:
+def fit(config: Config, manifest: Manifest, memory: IngestMemory, ledger: Any) -> None:
     """Train on the connected cluster. Raises UserError when the run stopped for a reason that is the user's to mend."""
     run_dir = config.run_dir
     use_gpu = config.scale.device == "cuda" or (
         config.scale.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
     check_resources(config, memory, use_gpu)
-    ledger = Ledger.options(num_cpus=0).remote(config, manifest.num_clips)  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={"config": config, "manifest": manifest, "memory": memory, "ledger": ledger},

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import logging
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,16 +53,17 @@ class Proxy(ThreadingHTTPServer):
     "empty": a body of half its length or of none, announced as whole. "garbled": one bit of the body is flipped.
     "drip": a byte now and then.
 
-    Whether a request suffers is drawn from `seed`, its method and path, and how many such came before: the order in
-    which threads come does not matter. `requests` holds (method, path, range) of all, `faults` counts.
+    Every answer comes `delay_s` late. Whether a request suffers is drawn from `seed`, its method and path, and how many
+    such came before: the order in which threads come does not matter. `requests` holds (method, path, range) of all,
+    `faults` counts.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, store: Store, seed: int = 0, **shares: float):
+    def __init__(self, store: Store, seed: int = 0, delay_s: float = 0.0, **shares: float):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.store, self.seed = store, seed
+        self.store, self.seed, self.delay_s = store, seed, delay_s
         self.shares: dict[str, float] = shares
         self.requests: list[tuple[str, str, str | None]] = []
         self.faults: Counter[str] = Counter()
@@ -117,6 +119,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.at_once, self.server.most_at_once)
         try:
+            time.sleep(self.server.delay_s)
             self.answer(fault)
         finally:
             with self.server.lock:

@@ -107,13 +107,15 @@ def test_every_config_key_is_read_somewhere():
 
 
 OPTIONS = """
-    --run --runs-dir --import-checkpoint
+    --feed-test --step-ms --feed-seconds
+    --run --runs-dir --import-checkpoint --ingest-memory
     --model.vision --model.language --model.init --model.query-width --model.deep-query --model.no-deep-query
     --model.visual-norm --model.train-vision --model.no-train-vision
     --objective.fine-iterations --objective.lambda-recon --objective.coarse-every
     --objective.caption-start --objective.no-caption-start
     --data.path --data.num-frames --data.frame-size --data.global-batch --data.lanes --data.window-steps
-    --data.max-caption-tokens --data.train-eos --data.no-train-eos --data.decode-tasks --data.prefetch-batches
+    --data.max-caption-tokens --data.train-eos --data.no-train-eos --data.decode-threads
+    --data.on-corrupt --data.max-corrupt --data.cache-dir --data.cache-gb
     --optim.lr --optim.weight-decay --optim.beta1 --optim.beta2 --optim.eps --optim.warmup-steps --optim.grad-clip
     --train.max-steps --train.seed --train.precision --train.log-every --train.save-every --train.keep-last
     --train.milestones --train.ratio-window

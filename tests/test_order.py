@@ -101,7 +101,7 @@ def rank_clips(reader: ClipReader, start: int, stop: int, rank: int = 0, world: 
 def share(reader: ClipReader, world: int, block_steps: int = 2) -> Share:
     """Blocks of two steps, so that windows and starts that are not even leave blocks of one."""
     batch = reader.clip_bytes * (reader.plan.global_batch // world)
-    return Share(IngestMemory(block_steps, block_steps * batch, waiting=2, compressed=0), 2, 1, "order")
+    return Share(IngestMemory(block_steps, block_steps * batch, waiting=2, compressed=0), 2, 1)
 
 
 def global_batches(reader: ClipReader, start: int, stop: int, world: int) -> list[list[Clip]]:

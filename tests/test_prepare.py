@@ -23,8 +23,9 @@ from fvlm.data import parts
 from fvlm.data.captions import Captions
 from fvlm.data.decode import decode_clips, even_steps
 from fvlm.data.latents import BlockTransform
+from fvlm.data.row_groups import RowGroups
 from fvlm.data.schema import DatasetSpec, frame_column
-from fvlm.data.shards import check_shards, open_shard, read_manifest, read_rows
+from fvlm.data.shards import check_shards, read_manifest
 from fvlm.data.synthetic import FRAMES, SMALLEST, draw, scene, write_videos
 from fvlm.data.video import read_clip
 from fvlm.errors import UserError
@@ -83,9 +84,8 @@ def test_real_videos_give_8_clips_and_6_counted_rejects(shared_videos: Path, rea
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(out)
     check_shards(manifest)
-    path = out / "shard-00000.parquet"
-    shard = open_shard(path, manifest.spec)
-    table = read_rows(shard, path, 0, [0, 23])
+    columns = ["clip_id", "caption", "source", frame_column(23)]
+    table = RowGroups.of(manifest).read("shard-00000.parquet", 0, columns)
     with (shared_videos / "captions.csv").open() as file:
         rows = {row["video"]: row["caption"] for row in csv.DictReader(file)}
     kept = dict(zip(table["clip_id"].to_pylist(), table["caption"].to_pylist(), strict=True))
@@ -99,7 +99,7 @@ def test_real_videos_give_8_clips_and_6_counted_rejects(shared_videos: Path, rea
         "missing.mp4": "missing",
     }
     assert rejects(out) == reasons and kept.keys() | reasons.keys() == rows.keys() and manifest.rejected == 6
-    sources = dict(zip(kept, map(json.loads, shard.read(columns=["source"])["source"].to_pylist()), strict=True))
+    sources = dict(zip(kept, map(json.loads, table["source"].to_pylist()), strict=True))
     assert sources["nasa_13013.mp4"]["frames"] == 325 and sources["nasa_13013.mp4"]["video"] == "nasa_13013.mp4"
     for reason, count in Counter(reasons.values()).items():
         assert f"  {reason:<16}{count}\n" in done.stdout
@@ -142,8 +142,7 @@ def test_fewer_frames_accept_a_shorter_video(shared_videos: Path, tmp_path: Path
 
 def test_clips_hold_the_frames_that_the_generator_drew(shapes: Path, prepared: Path) -> None:
     manifest = read_manifest(prepared)
-    path = prepared / "shard-00003.parquet"
-    table = read_rows(open_shard(path, manifest.spec), path, 0, range(4))
+    table = RowGroups.of(manifest).read("shard-00003.parquet", 0, ["clip_id", "caption", *map(frame_column, range(4))])
     assert table["clip_id"].to_pylist() == ["shapes-32-0-00006.mp4", "shapes-32-0-00007.mp4"]
     stored = np.empty((2, 4, 32, 32, 3), np.uint8)
     decode_clips([table[frame_column(t)].to_pylist() for t in range(4)], stored, manifest.spec)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,19 @@ from fvlm.data.decode import decode_clips, encode_frame
 from fvlm.data.describe import caption_lengths
 from fvlm.data.plan import Plan
 from fvlm.data.read import BlockReader, ClipReader
-from fvlm.data.schema import DatasetSpec, EncodedClip, Manifest, ShardFile, frame_column, latent_column
-from fvlm.data.shards import ShardWriter, check_shards, open_shard, read_manifest, read_rows, write_manifest
-from fvlm.errors import UserError
+from fvlm.data.row_groups import RowGroups
+from fvlm.data.schema import (
+    DatasetSpec,
+    EncodedClip,
+    Manifest,
+    ShardFile,
+    arrow_schema,
+    frame_column,
+    latent_column,
+)
+from fvlm.data.shards import ShardWriter, check_shards, read_manifest, write_manifest
+from fvlm.data.storage import Storage
+from fvlm.errors import Damaged, UserError
 from fvlm.files import sha256_file
 
 SPEC = DatasetSpec(
@@ -34,6 +45,12 @@ SPEC = DatasetSpec(
     latent_shape=(4, 4, 4),
     rows_per_row_group=4,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_shard_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files change under one name here, footers too; a reader that keeps a shard open keeps its footer as well."""
+    monkeypatch.setattr("fvlm.data.row_groups.OPEN_SHARDS", 0)
 
 
 def make_clip(index: int, spec: DatasetSpec = SPEC) -> tuple[EncodedClip, np.ndarray]:
@@ -60,9 +77,12 @@ def read_all(root: Path) -> None:
     """Read every row group of every shard, as an epoch of training does."""
     manifest = read_manifest(root)
     for name in manifest.files["name"].to_pylist():
-        shard = open_shard(root / name, manifest.spec)
-        for group in range(shard.num_row_groups):
-            read_rows(shard, root / name, group, range(manifest.spec.num_frames))
+        read_shard(manifest, name)
+
+
+def read_shard(manifest: Manifest, name: str) -> list[pa.Table]:
+    row_groups, columns = RowGroups.of(manifest), arrow_schema(manifest.spec).names
+    return [row_groups.read(name, group, columns) for group in range(len(row_groups.rows(name)))]
 
 
 def test_what_is_read_is_what_was_written_to_the_bit(tmp_path: Path) -> None:
@@ -74,8 +94,8 @@ def test_what_is_read_is_what_was_written_to_the_bit(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "files.parquet", "manifest.json", "shard-00000.parquet", "shard-00001.parquet",
     ]  # fmt: skip
-    path = tmp_path / "shard-00001.parquet"
-    table = read_rows(open_shard(path, SPEC), path, 2, [1, 4])
+    columns = ["clip_id", "caption", *(column(t) for t in (1, 4) for column in (frame_column, latent_column))]
+    table = RowGroups.of(manifest).read("shard-00001.parquet", 2, columns)
     assert table["clip_id"].to_pylist() == ["clip-18", "clip-19"]
     assert table["caption"].to_pylist() == ["caption 18: é", "caption 19: é"]
     decoded = np.empty((2, 2, 32, 32, 3), np.uint8)
@@ -158,8 +178,8 @@ def test_no_flipped_byte_is_ever_delivered(tmp_path: Path) -> None:
     write_dataset(tmp_path, shards=1)
     path = tmp_path / "shard-00000.parquet"
     good = path.read_bytes()
-    frames = range(SPEC.num_frames)
-    expected = [read_rows(open_shard(path, SPEC), path, group, frames) for group in range(3)]
+    expected = read_shard(read_manifest(tmp_path), path.name)
+    assert [table.num_rows for table in expected] == [4, 4, 2]
     caught = 0
     for place in np.linspace(0, len(good) - 1, 60).astype(int):
         bad = bytearray(good)
@@ -167,8 +187,7 @@ def test_no_flipped_byte_is_ever_delivered(tmp_path: Path) -> None:
         path.write_bytes(bad)
         try:
             check_shards(read_manifest(tmp_path))
-            shard = open_shard(path, SPEC)
-            assert [read_rows(shard, path, group, frames) for group in range(3)] == expected, place
+            assert read_shard(read_manifest(tmp_path), path.name) == expected, place
         except UserError as error:
             assert path.name in str(error)
             caught += 1
@@ -182,8 +201,8 @@ def test_a_shard_cut_short_is_found_before_anything_starts(tmp_path: Path, keep:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"shard-00001.parquet: .*truncated"):
         check_shards(read_manifest(tmp_path))
-    with pytest.raises(UserError, match=r"shard-00001.parquet: .*truncated or damaged"):
-        open_shard(path, SPEC)
+    with pytest.raises(Damaged, match=r"shard-00001.parquet: .*truncated or damaged"):
+        RowGroups(Storage(str(tmp_path)), SPEC, "").rows(path.name)
 
 
 def test_a_missing_shard_is_found_before_anything_starts(tmp_path: Path) -> None:
@@ -256,9 +275,28 @@ def test_a_start_opens_a_few_shards_evenly_spread(tmp_path: Path, monkeypatch: p
     manifest = write_dataset(tmp_path, shards=9, clips=1)
     opened = []
     monkeypatch.setattr("fvlm.data.shards.FOOTERS_CHECKED_AT_START", 3)
-    monkeypatch.setattr("fvlm.data.shards.open_shard", lambda path, *_: opened.append(path.name))
-    check_shards(manifest)
-    assert opened == [f"shard-{number:05d}.parquet" for number in (0, 4, 8)]
+    monkeypatch.setattr(RowGroups, "rows", lambda _, name, rows: opened.append((name, rows)))
+    assert check_shards(manifest) == []
+    assert opened == [(f"shard-{number:05d}.parquet", 1) for number in (0, 4, 8)]
+
+
+def test_damage_at_the_start_of_a_run_that_goes_round_it_is_told_but_a_foreign_shard_is_an_error(
+    tmp_path: Path,
+) -> None:
+    files = [ShardFile(**file) for file in write_dataset(tmp_path, shards=4).files.to_pylist()]
+    (tmp_path / "shard-00000.parquet").unlink()
+    cut, bad = tmp_path / "shard-00001.parquet", tmp_path / "shard-00003.parquet"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    bad.write_bytes(bad.read_bytes()[:-4] + b"nope")  # of the right size
+    told = check_shards(read_manifest(tmp_path), damage_is_error=False)
+    assert [line.split(": ")[0] for line in told] == [str(tmp_path / files[index].name) for index in (0, 1, 3)]
+    assert [word in line for word, line in zip(("not there", "truncated", "damaged"), told, strict=True)] == [True] * 3
+    with pytest.raises(Damaged, match=r"shard-00000.parquet: .*not there"):
+        check_shards(read_manifest(tmp_path))
+    foreign = dataclasses.replace(files[2], rows=files[2].rows + 1)
+    manifest = write_manifest(tmp_path, SPEC, [*files[:2], foreign, files[3]], rejected=0)
+    with pytest.raises(Damaged, match=r"shard-00002.parquet: 10 rows, but the manifest says 11"):
+        check_shards(manifest, damage_is_error=False)
 
 
 def test_a_list_of_files_with_other_columns_is_refused(tmp_path: Path) -> None:
@@ -284,6 +322,8 @@ def test_a_damaged_manifest_or_file_list_is_an_error_that_names_it(tmp_path: Pat
     write_dataset(tmp_path)
     with pytest.raises(UserError, match="not a dataset"):
         read_manifest(tmp_path / "absent")
+    with pytest.raises(UserError, match="not a dataset"):
+        read_manifest(tmp_path / "shard-00000.parquet")  # no folder
     files = tmp_path / "files.parquet"
     content = bytearray(files.read_bytes())
     content[len(content) // 2] ^= 1
@@ -306,19 +346,24 @@ class CountingFile(io.FileIO):
         return data
 
 
-def test_reading_8_of_24_frames_reads_a_third_of_the_bytes(tmp_path: Path) -> None:
+def test_reading_8_of_24_frames_reads_a_third_of_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = dataclasses.replace(SPEC, num_frames=24, rows_per_row_group=8)
-    write_dataset(tmp_path, spec, shards=1, clips=16)
+    monkeypatch.setattr("fvlm.data.row_groups.OPEN_SHARDS", 1)
+    manifest = write_dataset(tmp_path, spec, shards=1, clips=16)
     path = tmp_path / "shard-00000.parquet"
     counted = {}
     for wanted in (8, 24):
         frames = np.linspace(0, 23, wanted, dtype=int).tolist()
+        columns = ["clip_id", "caption", *map(frame_column, frames), *map(latent_column, frames)]
         with CountingFile(str(path)) as file:
-            shard = pq.ParquetFile(file, pre_buffer=False)
+            monkeypatch.setattr("fvlm.data.storage._open_file", lambda _, file=file: pa.PythonFile(file))
+            monkeypatch.setattr("fvlm.data.row_groups._OPEN", OrderedDict())  # opened anew, through the file above
+            row_groups = RowGroups.of(manifest)
+            groups = len(row_groups.rows(path.name))
             opening, file.counted = file.counted, 0
-            for group in range(shard.num_row_groups):
-                read_rows(shard, path, group, frames)
+            for group in range(groups):
+                row_groups.read(path.name, group, columns)
             counted[wanted] = file.counted
-        assert opening < 65536 + 1024  # the footer
+        assert 0 < opening < 65536 + 1024  # the footer
     assert counted[24] == pytest.approx(path.stat().st_size, rel=0.1)
     assert counted[8] / counted[24] == pytest.approx(1 / 3, abs=0.02)

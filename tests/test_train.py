@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,17 @@ def test_a_run_writes_every_step_once_and_its_losses_fall(undisturbed):
     assert [row["step"] for row in rows if "caption/ratio" in row] == [1, 6, 11]  # every 5 steps, from the first
     assert training.saved_steps() == [5, 10, 14]
     assert f"step {STEPS}/{STEPS}" in output and "2 clips are left out" in output
+
+
+def test_a_run_says_what_its_ingest_may_hold_and_what_it_did(undisturbed):
+    training, output = undisturbed
+    budget = output.index("ingest: at most ")
+    assert budget < output.index("starting at step 0")
+    logged = [line for line in output.splitlines() if f"step {STEPS}/{STEPS}" in line]
+    assert re.search(r"ingest \d+\.\d clips/s, decode \d+\.\d ms, \d+ blocks \d+ MB waiting", logged[-1]), logged
+    for row in training.rows():
+        assert row["ingest/clips_per_s"] > 0 and row["ingest/decode_ms"] > 0 and row["ingest/read_ms"] >= 0
+        assert row["ingest/blocks"] >= 0 and row["ingest/store_mb"] >= 0
 
 
 def test_the_whole_config_is_printed_and_stored(undisturbed):

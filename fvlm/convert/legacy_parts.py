@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from fvlm.convert.legacy_shards import Damaged, Layout, Sample, layout_of, open_file, read_samples
 from fvlm.data.decode import decode_frame, encode_frame, even_steps
 from fvlm.data.parts import Part, Reject, shard_path, write_part
-from fvlm.data.schema import DatasetSpec, EncodedClip, frame_column, latent_column
-from fvlm.data.shards import open_shard, read_rows
+from fvlm.data.row_groups import RowGroups
+from fvlm.data.schema import DatasetSpec, EncodedClip, arrow_schema, frame_column, latent_column
+from fvlm.data.storage import Storage
 from fvlm.errors import UserError
 
 ESTIMATED_FILES, ESTIMATED_CLIPS = 8, 2
@@ -109,9 +109,9 @@ class Conversion:
         return Comparison(clips, rejected, psnr, worst_clip)
 
     def _stored(self, path: Path) -> Iterator[dict[str, Any]]:
-        shard = open_shard(path, self.spec)
-        for group in range(shard.num_row_groups):
-            table: pa.Table = read_rows(shard, path, group, range(self.spec.num_frames), extra=["source"])
+        row_groups = RowGroups(Storage(str(path.parent)), self.spec, fingerprint="")  # a part has no manifest yet
+        for group in range(len(row_groups.rows(path.name))):
+            table = row_groups.read(path.name, group, arrow_schema(self.spec).names)
             for start in range(table.num_rows):
                 yield table.slice(start, 1).to_pylist()[0]
 

@@ -1,7 +1,8 @@
 """Damaged clips that a run goes round: who stands in for them, and the list of them.
 
 A stand-in is a pure function of the place and of what lies on the disk, so every start of the run, whatever its number
-of ranks, gets the same one. The order of all other clips is untouched: a stand-in takes one place in one batch.
+of ranks, finds the same one. Once it is in the list it stays: whatever becomes of the disk later, the clip is not tried
+again. The order of all other clips is untouched: a stand-in takes one place in one batch.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fvlm.errors import UserError
-from fvlm.files import fsync_dir, write_atomic
+from fvlm.files import fsync_dir, no_space_is_a_user_error
 
 CORRUPT = "corrupt.jsonl"
-MOST_NEIGHBOURS = 10_000
-"""Places looked at for one stand-in. A dataset where so many in a row are damaged is lost."""
 
 
 class Place(NamedTuple):
@@ -34,7 +33,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class CorruptClip:
-    """One line of corrupt.jsonl. `clip_id` is None where not even the id could be read; `error` says what was wrong."""
+    """One line of corrupt.jsonl: a damaged clip, and what is trained on in its place.
+
+    shard, group, row: its place; `file` is the shard's name
+    clip_id:           None where not even the id could be read
+    error:             what was wrong
+    replaced_by:       id of the clip that stands in for it
+    stand_in:          and its place
+    """
 
     shard: int
     group: int
@@ -43,81 +49,95 @@ class CorruptClip:
     clip_id: str | None
     error: str
     replaced_by: str
+    stand_in: Place
 
     @property
     def place(self) -> Place:
         return Place(self.shard, self.group, self.row)
 
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
 
-def neighbours(place: Place, shard_rows: np.ndarray, rows_per_row_group: int, whole_shard: bool) -> Iterator[Place]:
-    """Places that may stand in for the clip at `place`, nearest first.
+    @classmethod
+    def from_json(cls, text: str) -> CorruptClip:
+        """Raises ValueError, TypeError or KeyError when `text` is something else."""
+        raw = json.loads(text)
+        return cls(**raw | {"stand_in": Place(*raw["stand_in"])})
+
+
+def neighbours(place: Place, shard_rows: np.ndarray, rows_per_row_group: int) -> Iterator[Place]:
+    """Places that may stand in for the clip at `place`, nearest first; never itself.
 
     The other rows of its row group, then the same row in the other row groups of its shard, then in those of the other
-    shards, going round at each end. `whole_shard`: nothing of its own shard can be read.
+    shards, going round at each end. `shard_rows`: [F], rows of every shard.
     """
 
     def rows_of(shard: int, group: int) -> int:
         return min(rows_per_row_group, int(shard_rows[shard]) - group * rows_per_row_group)
 
-    def groups_of(shard: int) -> int:
-        return -(-int(shard_rows[shard]) // rows_per_row_group)
-
-    def found() -> Iterator[Place]:
-        if not whole_shard:
-            rows = rows_of(place.shard, place.group)
-            yield from (Place(place.shard, place.group, (place.row + k) % rows) for k in range(1, rows))
-        for further in range(whole_shard, len(shard_rows)):
-            shard = (place.shard + further) % len(shard_rows)
-            groups = groups_of(shard)
-            for k in range(further == 0, groups):
-                group = (place.group + k) % groups
-                yield Place(shard, group, place.row % rows_of(shard, group))
-
-    for _, neighbour in zip(range(MOST_NEIGHBOURS), found(), strict=False):
-        yield neighbour
+    rows = rows_of(place.shard, place.group)
+    yield from (Place(place.shard, place.group, (place.row + k) % rows) for k in range(1, rows))
+    for further in range(len(shard_rows)):
+        shard = (place.shard + further) % len(shard_rows)
+        groups = -(-int(shard_rows[shard]) // rows_per_row_group)
+        for k in range(further == 0, groups):
+            group = (place.group + k) % groups
+            yield Place(shard, group, place.row % rows_of(shard, group))
 
 
 class CorruptList:
-    """corrupt.jsonl of one run: every damaged clip once, in the order in which they were met.
+    """corrupt.jsonl of one run: every damaged clip once, in the order in which they were met. For one writer.
 
-    Raises UserError when the file cannot be understood, and in `add` when more than `limit` (a share of the dataset's
-    `clips`) are known.
+    Raises UserError when the file cannot be understood; and, here and in `add`, when more than `limit` (a share of the
+    dataset's `clips`) are known.
     """
 
     def __init__(self, run_dir: Path, clips: int, limit: float):
         self._path, self._clips, self._limit = run_dir / CORRUPT, clips, limit
-        self.known = frozenset(read_corrupt(run_dir))
+        self.known = known_corrupt(run_dir)
+        self._whole = len(_whole_lines(self._path))
+        self._require_few()
 
     def add(self, record: CorruptClip) -> bool:
-        """False: it was known."""
+        """False: it was known. UserError also when the disk is full."""
         if record.place in self.known:
             return False
-        new = not self._path.exists()
-        with self._path.open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        line = record.to_json().encode() + b"\n"
+        with no_space_is_a_user_error(self._path), self._path.open("ab") as file:
+            file.truncate(self._whole)  # a crash may have cut the last line
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        if new:
+        if not self._whole:
             fsync_dir(self._path.parent)
-        self.known |= {record.place}
-        if len(self.known) > self._limit * self._clips:
-            raise UserError(
-                f"{self._path}: {len(self.known)} of {self._clips} clips are damaged, above --data.max-corrupt "
-                f"{self._limit} (a share of the dataset). The last: {record.error} Restore the shards named there, or "
-                "raise the limit."
-            )
+        self._whole += len(line)
+        self.known[record.place] = record
+        self._require_few()
         return True
 
+    def _require_few(self) -> None:
+        if len(self.known) > self._limit * self._clips:
+            last = list(self.known.values())[-1]
+            raise UserError(
+                f"{self._path}: {len(self.known)} of {self._clips} clips are damaged, above --data.max-corrupt "
+                f"{self._limit} (a share of the dataset). The last: {last.error} Restore what is named in that file "
+                "and move it away, or raise the limit."
+            )
 
-def read_corrupt(run_dir: Path) -> list[Place]:
-    """The places in a run folder's corrupt.jsonl, if there is one. A line that a crash cut is dropped from it."""
+
+def known_corrupt(run_dir: Path) -> dict[Place, CorruptClip]:
+    """What a run folder's corrupt.jsonl lists, if there is one. Reads only. Raises UserError."""
     path = run_dir / CORRUPT
-    if not path.exists():
-        return []
-    whole, _, cut = path.read_text().rpartition("\n")
-    if cut:
-        write_atomic(path, whole + "\n" * bool(whole))
     try:
-        return [CorruptClip(**json.loads(line)).place for line in whole.splitlines()]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a list of damaged clips ({error}). Restore it, or move it away.") from error
+        records = map(CorruptClip.from_json, _whole_lines(path).decode().splitlines())
+        return {record.place: record for record in records}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a list of damaged clips ({error!r}). Restore it, or move it away.") from error
+
+
+def _whole_lines(path: Path) -> bytes:
+    """All but a last line that a crash cut."""
+    if not path.exists():
+        return b""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]

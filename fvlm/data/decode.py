@@ -26,8 +26,11 @@ def encode_frame(frame: np.ndarray, spec: DatasetSpec) -> bytes:
 def decode_frame(data: bytes | memoryview, out: np.ndarray, spec: DatasetSpec) -> None:
     """Decode one image into `out` [H, W, 3] uint8, in place. Raises ValueError: damaged, or of another size."""
     if spec.frame_codec == "png":
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                pixels = np.asarray(image)
+        except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for some broken files
+            raise ValueError(str(error)) from error
         if pixels.shape != out.shape:
             raise ValueError(f"image is {pixels.shape}, the dataset says {out.shape}")
         out[:] = pixels

@@ -1,7 +1,8 @@
-"""A look at a dataset: the command `python -m fvlm.data.shards DIR`."""
+"""A look at a dataset: the command `python -m fvlm.data.shards ROOT`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import textwrap
@@ -12,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import tyro
 from matplotlib.figure import Figure
 
 from fvlm.data.decode import decode_frame, even_steps
-from fvlm.data.schema import REJECTS, Manifest, frame_column
-from fvlm.data.shards import open_shard, read_manifest, read_rows
-from fvlm.errors import UserError
-from fvlm.files import no_space_is_a_user_error, sha256_file
+from fvlm.data.row_groups import RowGroups, stored_captions
+from fvlm.data.schema import REJECTS, Manifest, arrow_schema, frame_column
+from fvlm.data.shards import read_manifest
+from fvlm.data.storage import Storage, pieces
+from fvlm.errors import Damaged, UserError
+from fvlm.files import no_space_is_a_user_error
 
 SHEET_FRAMES = 8
 """Frames shown of a clip on the contact sheet, at even steps."""
@@ -31,8 +33,8 @@ CAPTION_WIDTH = 120
 class Look:
     """Show what a dataset holds."""
 
-    folder: tyro.conf.Positional[Path]
-    """The dataset."""
+    root: tyro.conf.Positional[str]
+    """The dataset: a folder, s3://bucket/path or gs://bucket/path."""
     verify: bool = False
     """Read every byte: size and SHA-256 of every file, checksum of every page."""
     sample: int = 0
@@ -51,7 +53,7 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
     fullest = min(rows_per_group, int(manifest.shard_rows.max(initial=0)))
     characters, words = caption_lengths(manifest)
     rows = [
-        ("dataset", manifest.root),
+        ("dataset", manifest.where),
         ("clips", f"{manifest.num_clips:,}"),
         ("stored frames T", str(spec.num_frames)),
         ("frame size", f"{spec.frame_size} px ({spec.resize})"),
@@ -64,23 +66,24 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("caption length", f"{_spread(characters)} characters, {_spread(words)} words (least / median / most)"),
         ("rejected", f"{manifest.rejected:,}"),
     ]
-    rejects = Path(manifest.root) / REJECTS
-    if manifest.rejected and rejects.exists():
-        with rejects.open() as lines:
-            reasons = Counter(json.loads(line)["reason"] for line in lines)
+    if manifest.rejected:
+        reasons = Counter(json.loads(line)["reason"] for line in rejects(manifest))
         rows += [(f"  {reason}", f"{count:,}") for reason, count in reasons.most_common()]
     return [*rows, ("fingerprint", manifest.fingerprint)]
+
+
+def rejects(manifest: Manifest) -> list[str]:
+    """The lines of the dataset's rejects.jsonl; none where somebody copied the dataset without it."""
+    try:
+        return Storage(manifest.root).read_bytes(REJECTS).decode().splitlines()
+    except Damaged:
+        return []
 
 
 def caption_lengths(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     """[clips] int64 each: characters and words of every caption."""
     characters, words = [], []
-    for file in manifest.files.to_pylist():
-        path = Path(manifest.root) / file["name"]
-        try:
-            captions = open_shard(path, manifest.spec, file["rows"]).read(columns=["caption"])["caption"].to_pylist()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path}: its captions cannot be read ({error}). Restore it from a copy.") from error
+    for captions in stored_captions(manifest):
         characters += [len(caption) for caption in captions]
         words += [len(caption.split()) for caption in captions]
     return np.array(characters, np.int64), np.array(words, np.int64)
@@ -92,20 +95,28 @@ def _spread(lengths: np.ndarray) -> str:
 
 def damage(manifest: Manifest) -> Iterator[str]:
     """A line for every shard that is not, to the byte, what the manifest says; everything is read."""
-    frames = range(manifest.spec.num_frames)
+    row_groups, columns = RowGroups.of(manifest), arrow_schema(manifest.spec).names
+    storage = row_groups.storage
+    sizes = storage.sizes()
     for file in manifest.files.to_pylist():
-        path = Path(manifest.root) / file["name"]
+        name, where = file["name"], storage.locate(file["name"])
         try:
-            shard = open_shard(path, manifest.spec, file["rows"])
-            for group in range(shard.num_row_groups):
-                read_rows(shard, path, group, frames, extra=["source"])
-            size = path.stat().st_size
-            if size != file["bytes"]:
-                yield f"{path}: {size} bytes, but the manifest says {file['bytes']}"
-            elif sha256_file(path) != file["sha256"]:
-                yield f"{path}: its SHA-256 is not that of the manifest"
-        except UserError as error:
+            for group in range(len(row_groups.rows(name, file["rows"]))):
+                row_groups.read(name, group, columns, file["rows"])
+            if sizes[name] != file["bytes"]:
+                yield f"{where}: {sizes[name]} bytes, but the manifest says {file['bytes']}"
+            elif sha256(storage, name) != file["sha256"]:
+                yield f"{where}: its SHA-256 is not that of the manifest"
+        except Damaged as error:
             yield str(error)
+
+
+def sha256(storage: Storage, name: str) -> str:
+    """Hex SHA-256 of a file, a piece of it in memory at a time."""
+    file, digest = storage.open(name), hashlib.sha256()
+    for piece in pieces(0, file.size()):
+        digest.update(storage.read_ranges(name, file, [piece])[0].data)
+    return digest.hexdigest()
 
 
 def sample_clips(manifest: Manifest, count: int) -> list[dict[str, Any]]:
@@ -113,19 +124,21 @@ def sample_clips(manifest: Manifest, count: int) -> list[dict[str, Any]]:
     spec = manifest.spec
     frames = even_steps(spec.num_frames, min(SHEET_FRAMES, spec.num_frames)).tolist()
     rows_before = np.concatenate([[0], np.cumsum(manifest.shard_rows)])
-    clips = []
+    columns = ["clip_id", "caption", *map(frame_column, frames)]
+    row_groups, clips = RowGroups.of(manifest), []
     for number in even_steps(manifest.num_clips, min(count, manifest.num_clips)):
         file = int(np.searchsorted(rows_before, number, side="right")) - 1
         group, row = divmod(int(number - rows_before[file]), spec.rows_per_row_group)
-        path = Path(manifest.root) / manifest.files["name"][file].as_py()
-        table = read_rows(open_shard(path, spec, int(manifest.shard_rows[file])), path, group, frames)
+        name = manifest.files["name"][file].as_py()
+        table = row_groups.read(name, group, columns, int(manifest.shard_rows[file]))
         clip = table.slice(row, 1).to_pylist()[0]
         pixels = np.empty((len(frames), spec.frame_size, spec.frame_size, 3), np.uint8)
         for image, t in zip(pixels, frames, strict=True):
             try:
                 decode_frame(clip[frame_column(t)], image, spec)
             except (ValueError, OSError) as error:
-                raise UserError(f"{path}: clip {clip['clip_id']}, frame {t}: cannot be decoded ({error}).") from error
+                where = row_groups.storage.locate(name)
+                raise UserError(f"{where}: clip {clip['clip_id']}, frame {t}: cannot be decoded ({error}).") from error
         clips.append({"clip_id": clip["clip_id"], "caption": clip["caption"], "frames": pixels})
     return clips
 
@@ -152,9 +165,9 @@ def main() -> None:
         raise UserError("--sample N and --png FILE go together, and N is at least 1.")
     if look.png and not look.png.parent.is_dir():
         raise UserError(f"--png {look.png}: its folder does not exist. Create it.")
-    manifest = read_manifest(look.folder)
+    manifest = read_manifest(look.root)
     if look.png and not manifest.num_clips:
-        raise UserError(f"{look.folder}: there are no clips to draw. Leave out --sample.")
+        raise UserError(f"{manifest.where}: there are no clips to draw. Leave out --sample.")
     if look.verify:
         damaged = list(damage(manifest))
         if damaged:

@@ -118,7 +118,7 @@ class Plan:
         data = config.data
         if manifest.num_clips < data.global_batch:
             raise UserError(
-                f"{manifest.root}: {manifest.num_clips} clips do not fill one global batch of {data.global_batch}. "
+                f"{manifest.where}: {manifest.num_clips} clips do not fill one global batch of {data.global_batch}. "
                 f"Use more clips, or --data.global-batch {max(manifest.num_clips, 1)} or less and lanes dividing it."
             )
         return cls(

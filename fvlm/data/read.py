@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,26 +20,33 @@ import pyarrow as pa
 
 from fvlm.config import Config
 from fvlm.data.cache import RowGroupCache
-from fvlm.data.corrupt import CorruptClip, Place, neighbours, read_corrupt
+from fvlm.data.corrupt import CorruptClip, Place, known_corrupt, neighbours
+from fvlm.data.counts import counted
 from fvlm.data.decode import decode_frame, even_steps
 from fvlm.data.plan import Plan
 from fvlm.data.row_groups import RowGroups
 from fvlm.data.schema import DatasetSpec, Manifest, frame_column, latent_column
-from fvlm.data.storage import Storage
-from fvlm.errors import Damaged
+from fvlm.errors import Damaged, UserError
 
 RawBatch = dict[str, Any]
 """Clips of one rank, those of one or more steps one after another, N of them:
 frames   [N, T, H, W, 3] uint8     latents [N, T, C, h, w] int16, the bits of the stored half-precision type
 caption  [N] strings               clip_id [N] strings
 decode_s [N] float32, CPU seconds  read_s  [N] float32, seconds that its row group took to be read, shared by its rows
-replaced [N] strings: "", or what came in the way of the clip that the plan asked for (`CorruptClip` as JSON)
+replaced [N] strings: "", or the damaged clip that this one stands in for (`CorruptClip` as JSON)
+events   [N] strings: "" but for a block's first row, which may say what was counted since the last block (JSON object:
+         `fvlm.data.counts.Event` -> times); the process that reads is not the one that reports
 """
 
 RING = 2
 """Blocks of memory that a BlockReader goes round: one is decoded into, one is handed out."""
 REMOTE_READS = 4
 """Row groups of a remote store that are fetched at a time."""
+
+MOST_NEIGHBOURS = 300
+"""Clips tried as a stand-in for one. A dataset where so many in a row are damaged is lost."""
+WHOLE_SHARD = ("missing", "footer")
+"""Reasons for which nothing of a shard can be read."""
 
 Window = tuple[int, int]
 """[lo, hi): steps that lie inside one window of the plan."""
@@ -52,7 +58,7 @@ class ClipReader:
 
     cache:     where row groups are kept once read; None: nowhere
     replace:   a damaged clip's place is taken by a neighbour (`fvlm.data.corrupt`); False: it is an error
-    known_bad: clips that were damaged once and are replaced unseen
+    known_bad: clips that were damaged once; their stand-ins are read in their place, and they are not tried again
 
     A value that travels to the ingest's processes; there a BlockReader does the work.
     """
@@ -62,20 +68,19 @@ class ClipReader:
     num_frames: int
     cache: RowGroupCache | None = None
     replace: bool = False
-    known_bad: frozenset[Place] = frozenset()
+    known_bad: dict[Place, CorruptClip] = field(default_factory=dict)
 
     @classmethod
     def of_config(cls, manifest: Manifest, plan: Plan, config: Config) -> ClipReader:
         """What the run of `config` reads; what its folder lists as damaged is known. Raises UserError."""
         data = config.data
-        folder = str(Path(data.cache_dir).expanduser()) if data.cache_dir else ""
         return cls(
             manifest,
             plan,
             data.num_frames,
-            RowGroupCache(folder, int(data.cache_gb * 1e9)) if folder else None,
+            RowGroupCache(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_dir else None,
             data.on_corrupt == "replace",
-            frozenset(read_corrupt(config.run_dir)),
+            known_corrupt(config.run_dir),
         )
 
     @property
@@ -94,13 +99,20 @@ class ClipReader:
         spec = self.manifest.spec
         return self.num_frames * (3 * spec.frame_size**2 + spec.latent_bytes)
 
+    @property
+    def stored_bytes(self) -> float:
+        """Bytes of one clip's used columns as they are stored, on the mean."""
+        whole = float(np.sum(self.manifest.files["bytes"].to_numpy())) / self.manifest.num_clips
+        return whole * self.num_frames / self.manifest.spec.num_frames
+
 
 class BlockReader:
     """Decodes windows of the plan into memory that it uses again: fresh memory costs as much as decoding.
 
     threads:     that decode (libjpeg-turbo works without the interpreter's lock)
     block_steps: steps in one block
-    pad:         a window's last block is as long as the others: at its end are clips without an id, of undefined pixels
+    pad:         a window's last block is as long as the others: at its end are clips without an id, undefined pixels;
+                 the caption of the first of them, if it has one, is the UserError that came where its clip should be
 
     Each row group is read once while windows follow each other, and held compressed until no window needs it. Decoding
     runs one block ahead, reading one window. Not for use by several threads.
@@ -108,45 +120,50 @@ class BlockReader:
 
     def __init__(self, clips: ClipReader, threads: int = 1, block_steps: int = 1, pad: bool = False):
         self.clips, self.block_steps, self._pad = clips, block_steps, pad
-        manifest, storage = clips.manifest, Storage(clips.manifest.root)
-        self._shards = manifest.files["name"]
-        self._row_groups = RowGroups(storage, manifest.spec, manifest.fingerprint, clips.cache)
+        self._shards, self._shard_rows = clips.manifest.files["name"], clips.manifest.shard_rows
+        self._row_groups = RowGroups.of(clips.manifest, clips.cache)
         self._decoding = ThreadPoolExecutor(threads, "decode")
-        self._reading = ThreadPoolExecutor(1 if storage.is_local else REMOTE_READS, "read")
+        self._reading = ThreadPoolExecutor(1 if self._row_groups.storage.is_local else REMOTE_READS, "read")
         self._held: dict[tuple[int, int], Future[_RowGroup]] = {}
         self._lock = threading.Lock()  # of _held, where decoding threads look for neighbours
         self._ring: list[tuple[np.ndarray, np.ndarray]] = []
         self._blocks = itertools.count()
+        self._counted = counted()
 
-    def read(self, window: Window, rank: int = 0, world: int = 1, then: Window | None = None) -> Iterator[RawBatch]:
-        """Blocks of `block_steps` steps, the last of a window perhaps shorter. `then`: the window that is next.
+    def read(
+        self, windows: Sequence[Window], rank: int = 0, world: int = 1, then: Window | None = None
+    ) -> Iterator[RawBatch]:
+        """Blocks of `block_steps` steps, the last of each window perhaps shorter. `then`: the window after these.
 
         A block is good only until the next one is asked for: then its memory is decoded into again.
 
-        Raises Damaged naming shard, row group, row and clip when something is damaged and `replace` is False;
-        UserError when the store cannot be reached.
+        After the last step before it, raises Damaged naming shard, row group, row and clip when something is damaged
+        and `replace` is False; UserError when the store cannot be reached. Padded blocks carry it instead.
         """
-        places = self._places(window, rank, world)  # [steps, B, 3]
-        self._hold([places, self._places(then, rank, world)] if then else [places])
-        ahead: tuple[int, list[Future[_Decoded]]] | None = None
-        for first in range(0, len(places), self.block_steps):
-            clips = [Place(*place) for place in places[first : first + self.block_steps].reshape(-1, 3).tolist()]
-            slot = next(self._blocks) % RING
-            frames, latents = self._memory(slot, self.block_steps * places.shape[1])
-            decoding = [
-                self._decoding.submit(self._clip, place, frames[i], latents[i]) for i, place in enumerate(clips)
-            ]
-            if ahead:
-                yield self._block(*ahead)
-            ahead = slot, decoding
-        if ahead:
-            yield self._block(*ahead)
+        at_work: tuple[int, list[Future[_Decoded]]] | None = None
+        block = np.empty((0, 0, 3), np.int64)
+        following = self._places(windows[0], rank, world) if windows else block
+        for after in (*windows[1:], then):
+            places = following
+            following = self._places(after, rank, world) if after else block[:0]
+            self._hold([block, places, following])  # the last window's last block is still at work
+            for first in range(0, len(places), self.block_steps):
+                block = places[first : first + self.block_steps]
+                slot = next(self._blocks) % RING
+                frames, latents = self._memory(slot, self.block_steps * places.shape[1])
+                clips = [Place(*place) for place in block.reshape(-1, 3).tolist()]
+                decoding = [
+                    self._decoding.submit(self._clip, place, frames[i], latents[i]) for i, place in enumerate(clips)
+                ]
+                if at_work:
+                    yield from self._finished(*at_work, places.shape[1])
+                at_work = slot, decoding
+        if at_work:
+            yield from self._finished(*at_work, places.shape[1])
 
     def steps(self, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[RawBatch]:
         """Blocks of the steps [start, stop), as `read` gives them."""
-        windows = list(self.clips.plan.windows(start, stop))
-        for window, then in itertools.zip_longest(windows, windows[1:]):
-            yield from self.read(window, rank, world, then)
+        return self.read(list(self.clips.plan.windows(start, stop)), rank, world)
 
     def close(self) -> None:
         for pool in (self._decoding, self._reading):
@@ -160,16 +177,24 @@ class BlockReader:
         """Start to read what `windows` need and is not there, in the order of its first use; let go of all else."""
         with self._lock:
             wanted = dict.fromkeys(
-                (shard, group) for places in windows for shard, group, _ in places.reshape(-1, 3).tolist()
+                self._stand_in(Place(*place))[:2] for places in windows for place in places.reshape(-1, 3).tolist()
             )
             for key in self._held.keys() - wanted.keys():
-                self._held.pop(key).cancel()
+                del self._held[key]  # never cancelled: a decoding thread may be waiting for it, as for a neighbour
             for key in wanted:
                 if key not in self._held:
                     self._held[key] = self._reading.submit(self._read_row_group, *key)
 
+    def _stand_in(self, place: Place) -> Place:
+        """Where to read for the clip at `place`, as far as is known without reading."""
+        known = self.clips.known_bad.get(place)
+        return known.stand_in if known else place
+
     def _row_group(self, shard: int, group: int) -> _RowGroup:
-        """One that is held, or is held from now on until the next window. Raises Damaged."""
+        """One that is held, or is held from now on until the next window.
+
+        Raises Damaged for what another clip may stand in for. A shard of another dataset is not that: UserError.
+        """
         with self._lock:
             if (shard, group) not in self._held:
                 self._held[shard, group] = self._reading.submit(self._read_row_group, shard, group)
@@ -178,8 +203,16 @@ class BlockReader:
 
     def _read_row_group(self, shard: int, group: int) -> _RowGroup:
         begin = time.perf_counter()
-        table = self._row_groups.read(self._shards[shard].as_py(), group, self.clips.columns)
+        table = self._table(shard, group, self.clips.columns)
         return _RowGroup.of(table, self.clips, time.perf_counter() - begin)
+
+    def _table(self, shard: int, group: int, columns: list[str]) -> pa.Table:
+        try:
+            return self._row_groups.read(self._shards[shard].as_py(), group, columns, int(self._shard_rows[shard]))
+        except Damaged as error:
+            if error.reason == "foreign":
+                raise UserError(str(error)) from error
+            raise
 
     def _memory(self, slot: int, clips: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames and latents of the `slot`th block."""
@@ -194,9 +227,27 @@ class BlockReader:
             ]
         return self._ring[slot]
 
-    def _block(self, slot: int, decoding: list[Future[_Decoded]]) -> RawBatch:
-        """Wait for the block's clips."""
-        done = [future.result() for future in decoding]
+    def _finished(self, slot: int, decoding: list[Future[_Decoded]], step: int) -> Iterator[RawBatch]:
+        """The block, once its clips are there. When one cannot be had: the steps of `step` clips before it, the error.
+
+        Padded blocks carry the error: raised here, it would overtake the blocks that wait for the consumer.
+        """
+        done: list[_Decoded] = []
+        try:
+            for future in decoding:
+                done.append(future.result())
+        except UserError as error:
+            del done[len(done) // step * step :]
+            if self._pad:
+                done.append(_Decoded(str(error), "", 0.0, 0.0))
+            if done:
+                yield self._block(slot, done)
+            if not self._pad:
+                raise
+        else:
+            yield self._block(slot, done)
+
+    def _block(self, slot: int, done: list[_Decoded]) -> RawBatch:
         frames, latents = self._ring[slot]
         if self._pad:
             done += [_PADDING] * (len(frames) - len(done))
@@ -208,18 +259,25 @@ class BlockReader:
             "decode_s": np.array([clip.decode_s for clip in done], np.float32),
             "read_s": np.array([clip.read_s for clip in done], np.float32),
             "replaced": [clip.replaced for clip in done],
+            "events": [self._events()] + [""] * (len(done) - 1),
         }
+
+    def _events(self) -> str:
+        """What this process has counted since the last call, as JSON; "" for nothing."""
+        before, self._counted = self._counted, counted()
+        return json.dumps(new) if (new := self._counted - before) else ""
 
     def _clip(self, place: Place, frames: np.ndarray, latents: np.ndarray) -> _Decoded:
         """The clip at `place`, or the one that stands in for it, into `frames` [T, H, W, 3] and `latents`."""
-        if place in self.clips.known_bad:
-            return self._neighbour(place, Damaged("known from before", "known"), frames, latents)
+        wanted = self._stand_in(place)
         try:
-            return self._decode(place, frames, latents)
+            decoded = self._decode(wanted, frames, latents)
         except Damaged as error:
+            named = self._named(wanted, error)
             if not self.clips.replace:
-                raise
-            return self._neighbour(place, error, frames, latents)
+                raise named from error
+            return self._neighbour(place, named, frames, latents)
+        return decoded if wanted == place else decoded.instead_of(self.clips.known_bad[place])
 
     def _decode(self, place: Place, frames: np.ndarray, latents: np.ndarray) -> _Decoded:
         """Raises Damaged."""
@@ -242,22 +300,32 @@ class BlockReader:
 
     def _neighbour(self, bad: Place, why: Damaged, frames: np.ndarray, latents: np.ndarray) -> _Decoded:
         """The first whole clip among the neighbours of `bad`: a pure function of what lies on the disk."""
-        plan, whole_shard = self.clips.plan, why.reason in ("missing", "footer", "foreign")
-        for place in neighbours(bad, plan.shard_rows, plan.rows_per_row_group, whole_shard):
-            if place in self.clips.known_bad:
-                continue
+        lost = {bad.shard} if why.reason in WHOLE_SHARD else set()
+        around = neighbours(bad, self._shard_rows, self.clips.plan.rows_per_row_group)
+        may_do = (place for place in around if place.shard not in lost and place not in self.clips.known_bad)
+        for place in itertools.islice(may_do, MOST_NEIGHBOURS):
             try:
                 decoded = self._decode(place, frames, latents)
-            except Damaged:
+            except Damaged as error:  # listed when its own turn comes
+                if error.reason in WHOLE_SHARD:
+                    lost.add(place.shard)
                 continue
-            record = CorruptClip(*bad, self._shards[bad.shard].as_py(), self._clip_id(bad), str(why), decoded.clip_id)
-            return dataclasses.replace(decoded, replaced=json.dumps(dataclasses.asdict(record)))
+            name = self._shards[bad.shard].as_py()
+            return decoded.instead_of(CorruptClip(*bad, name, self._clip_id(bad), str(why), decoded.clip_id, place))
         raise why
 
+    def _named(self, place: Place, error: Damaged) -> Damaged:
+        """`error`, met at `place`, with the row and the clip's id."""
+        if error.reason == "image":
+            return error
+        clip_id = self._clip_id(place)
+        clip = "a clip whose id cannot be read" if clip_id is None else f"clip {clip_id!r}"
+        return Damaged(f"{error} Lost with it: row group {place.group}, row {place.row}, {clip}.", error.reason)
+
     def _clip_id(self, place: Place) -> str | None:
-        """None where its row group cannot be read."""
+        """From its column alone, which may be whole where others are not. None where it cannot be read."""
         try:
-            return self._row_group(place.shard, place.group).clip_id[place.row]
+            return str(self._table(place.shard, place.group, ["clip_id"])["clip_id"][place.row])
         except Damaged:
             return None
 
@@ -271,6 +339,9 @@ class _Decoded:
     decode_s: float
     read_s: float
     replaced: str = ""
+
+    def instead_of(self, bad: CorruptClip) -> _Decoded:
+        return dataclasses.replace(self, replaced=bad.to_json())
 
 
 _PADDING = _Decoded("", "", 0.0, 0.0)

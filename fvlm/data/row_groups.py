@@ -14,10 +14,11 @@ import logging
 import mmap
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 from fvlm.data.cache import RowGroupCache
 from fvlm.data.counts import count
 from fvlm.data.retries import one_line
-from fvlm.data.schema import SPEC_KEY, DatasetSpec, arrow_schema
+from fvlm.data.schema import MANIFEST, SPEC_KEY, DatasetSpec, Manifest, arrow_schema
 from fvlm.data.storage import Range, Storage, pieces
 from fvlm.errors import Damaged, UserError
 
@@ -39,6 +40,8 @@ FOOTER_BYTES = 64 << 10
 """Asked for at a remote shard's end; a longer footer costs a second request."""
 HOLE_BYTES = 128 << 10
 """Wanted ranges with so few bytes between them, or fewer, are one request: a request costs more than these bytes."""
+CAPTION_SHARDS = 8
+"""Remote shards whose captions are read at a time."""
 READS = 3
 """Times that a remote row group or footer is fetched before its bytes count as damaged and not as garbled."""
 
@@ -66,8 +69,14 @@ class RowGroups:
     fingerprint: str
     cache: RowGroupCache | None = None
 
-    def read(self, shard: str, group: int, columns: Sequence[str]) -> pa.Table:
+    @classmethod
+    def of(cls, manifest: Manifest, cache: RowGroupCache | None = None) -> RowGroups:
+        return cls(Storage(manifest.root), manifest.spec, manifest.fingerprint, cache)
+
+    def read(self, shard: str, group: int, columns: Sequence[str], shard_rows: int | None = None) -> pa.Table:
         """Columns `columns` of row group number `group` of file `shard`, in the order in which the file has them.
+
+        shard_rows: of the whole shard in the manifest; the shard must have as many. None: not known, not checked
 
         Every page's checksum is verified, and a cached file's too: a flipped byte is an error or read anew, never data.
 
@@ -77,24 +86,26 @@ class RowGroups:
         if unknown := set(columns) - set(arrow_schema(self.spec).names):
             raise ValueError(f"a shard of this dataset has no columns {sorted(unknown)}")
         if self.cache is None:
-            return self._read(shard, group, columns)
+            return self._read(shard, group, columns, shard_rows)
         key = json.dumps([self.fingerprint, shard, group, sorted(columns)])
         table = self.cache.get(key)
         if table is None:
-            table = self._read(shard, group, columns)
+            table = self._read(shard, group, columns, shard_rows)
             self.cache.put(key, table)
         return table
 
-    def rows(self, shard: str) -> list[int]:
+    def rows(self, shard: str, shard_rows: int | None = None) -> list[int]:
         """Rows of each row group of file `shard`, from its footer, which is checked as in `read`. Raises likewise."""
 
         def rows_of(opened: _OpenShard) -> list[int]:
-            return [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+            _check_rows(opened, shard_rows)
+            return opened.rows
 
         return self._patiently(shard, rows_of)
 
-    def _read(self, shard: str, group: int, columns: Sequence[str]) -> pa.Table:
+    def _read(self, shard: str, group: int, columns: Sequence[str], shard_rows: int | None) -> pa.Table:
         def table_of(opened: _OpenShard) -> pa.Table:
+            _check_rows(opened, shard_rows)
             if group >= opened.metadata.num_row_groups:
                 raise Damaged(
                     f"{opened.where}: it has {opened.metadata.num_row_groups} row groups, and number {group} is asked "
@@ -130,6 +141,7 @@ class RowGroups:
                 return _OPEN[key]
         opened = _open_local(self.storage, shard) if self.storage.is_local else _open_remote(self.storage, shard)
         _check_spec(opened, self.spec)
+        _check_row_groups(opened, self.spec)
         with _OPEN_LOCK:
             _OPEN[key] = opened
             while len(_OPEN) > OPEN_SHARDS:
@@ -144,6 +156,45 @@ class RowGroups:
         return _parquet(laid_out, opened.where, opened.metadata)
 
 
+def stored_captions(manifest: Manifest, skipped: Callable[[Damaged], None] | None = None) -> Iterator[list[str]]:
+    """The captions of a dataset in file order, a list a shard; nothing else of it is read.
+
+    skipped: called with the damage of each row group that is left out; None: the first one is raised
+    Raises as `RowGroups.read` does. Reads at most CAPTION_SHARDS shards further than was asked for.
+    """
+    row_groups, shards = RowGroups.of(manifest), iter(manifest.files.select(["name", "rows"]).to_pylist())
+
+    def read(shard: dict[str, Any]) -> tuple[list[str], list[Damaged]]:
+        captions: list[str] = []
+        damage: list[Damaged] = []
+        for group in range(len(manifest.spec.row_groups(shard["rows"]))):
+            try:
+                table = row_groups.read(shard["name"], group, ["caption"], shard["rows"])
+                captions += table["caption"].to_pylist()
+            except Damaged as error:
+                if not skipped:
+                    raise
+                damage.append(error)
+                if error.reason != "rows":  # nothing of this shard can be read
+                    break
+        return captions, damage
+
+    at_once = 1 if row_groups.storage.is_local else CAPTION_SHARDS
+    with ThreadPoolExecutor(at_once, "captions") as pool:
+        reading = deque(pool.submit(read, shard) for shard in itertools.islice(shards, at_once))
+        try:
+            while reading:
+                captions, damage = reading.popleft().result()
+                reading.extend(pool.submit(read, shard) for shard in itertools.islice(shards, 1))
+                for error in damage:
+                    assert skipped
+                    skipped(error)
+                yield captions
+        finally:
+            for future in reading:
+                future.cancel()
+
+
 @dataclass(frozen=True)
 class _OpenShard:
     """A shard whose footer is parsed. `parquet` is None where it is remote: then each read makes its own."""
@@ -154,6 +205,11 @@ class _OpenShard:
     metadata: pq.FileMetaData
     parquet: pq.ParquetFile | None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def rows(self) -> list[int]:
+        """Of each row group, as the footer says."""
+        return [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]
 
 
 _OPEN: OrderedDict[tuple[Storage, DatasetSpec, str], _OpenShard] = OrderedDict()
@@ -196,7 +252,7 @@ def _lay_out(size: int, ranges: Sequence[Range], fetched: Sequence[np.ndarray]) 
 def _parquet(file: pa.NativeFile, where: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise _no_footer(where, one_line(error)) from error
 
 
@@ -215,14 +271,35 @@ def _check_spec(opened: _OpenShard, spec: DatasetSpec) -> None:
         raise Damaged(f"{opened.where}: not one of our shards (no {SPEC_KEY.decode()} in its footer).", "foreign")
     try:
         difference = spec.difference(DatasetSpec.from_json(json.loads(raw), opened.where))
-    except (UserError, ValueError, TypeError, KeyError) as error:  # another version, or no JSON at all
+        columns = opened.metadata.schema.to_arrow_schema()
+    except (UserError, ValueError, TypeError, KeyError, pa.ArrowException) as error:  # another version, or no JSON
         raise Damaged(f"{opened.where}: what it says of itself cannot be used: {one_line(error)}", "foreign") from error
-    if not difference and opened.metadata.schema.names != arrow_schema(spec).names:
+    if not difference and columns != arrow_schema(spec):  # of other types: the same bytes would read as other numbers
         difference = "the columns"
     if difference:
         raise Damaged(
             f"{opened.where}: the shard is not of this dataset: manifest against shard: {difference}. "
             "Shards of different datasets cannot be mixed; restore the right one.",
+            "foreign",
+        )
+
+
+def _check_row_groups(opened: _OpenShard, spec: DatasetSpec) -> None:
+    """The plan computes where a clip lies, and never asks the shard. Raises Damaged("foreign")."""
+    if opened.rows != spec.row_groups(opened.metadata.num_rows):
+        raise Damaged(
+            f"{opened.where}: its row groups have {', '.join(map(str, sorted(set(opened.rows))))} rows, where all but "
+            f"the last must have {spec.rows_per_row_group} (rows_per_row_group in {MANIFEST}) and the last no more. "
+            "Restore it from a copy, or prepare the dataset again.",
+            "foreign",
+        )
+
+
+def _check_rows(opened: _OpenShard, shard_rows: int | None) -> None:
+    if shard_rows is not None and opened.metadata.num_rows != shard_rows:
+        raise Damaged(
+            f"{opened.where}: {opened.metadata.num_rows} rows, but the manifest says {shard_rows}. "
+            "Restore it from a copy.",
             "foreign",
         )
 

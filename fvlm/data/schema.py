@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from fvlm.data.storage import Storage
 from fvlm.errors import UserError
 
 FORMAT_VERSION = 1
@@ -60,7 +61,7 @@ class DatasetSpec:
     latent_shape: tuple[int, int, int]
     jpeg_quality: int = 90
     jpeg_subsampling: Literal["444", "422", "420"] = "444"
-    rows_per_row_group: int = 16
+    rows_per_row_group: int = 8
     format_version: int = FORMAT_VERSION
 
     @property
@@ -154,7 +155,7 @@ FILES_SCHEMA = pa.schema(
 class Manifest:
     """A dataset as one value.
 
-    root:        the folder
+    root:        the folder: a local path, or a URI (`fvlm.data.storage.Storage`)
     spec:        what all clips share
     files:       the shards, as the pyarrow table of files.parquet (a table, so that a million of them stay small)
     fingerprint: SHA-256 over spec and files.parquet; equal fingerprints mean equal bytes in equal order
@@ -166,6 +167,11 @@ class Manifest:
     files: pa.Table
     fingerprint: str
     rejected: int
+
+    @property
+    def where(self) -> str:
+        """`root` for people and for files that outlive the run: no credentials, no options."""
+        return Storage(self.root).locate()
 
     @property
     def num_clips(self) -> int:

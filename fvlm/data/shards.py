@@ -1,6 +1,7 @@
-"""Shards: written so that a half-written one is never seen, read so that a wrong byte is never delivered.
+"""Shards written so that a half-written one is never seen, and the manifest that vouches for them. To read them:
+`fvlm/data/row_groups.py`.
 
-`python -m fvlm.data.shards DIR` shows what a dataset holds (`fvlm/data/describe.py`).
+`python -m fvlm.data.shards ROOT` shows what a dataset holds (`fvlm/data/describe.py`).
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fvlm.data.row_groups import RowGroups
 from fvlm.data.schema import (
     FILES,
     FILES_SCHEMA,
     MANIFEST,
-    SPEC_KEY,
     DatasetSpec,
     EncodedClip,
     Manifest,
     ShardFile,
     arrow_schema,
-    frame_column,
-    latent_column,
 )
-from fvlm.errors import UserError
+from fvlm.data.storage import Storage
+from fvlm.errors import Damaged, UserError
 from fvlm.files import TEMPORARY, fsync_dir, fsync_file, no_space_is_a_user_error, sha256_file, write_atomic
 
 FOOTERS_CHECKED_AT_START = 64
 """A start opens at most this many shards, evenly spread; every shard is checked again when it is first read."""
+REMOTE_FOOTERS_CHECKED_AT_START = 8
 
 
 class ShardWriter:
@@ -141,28 +142,33 @@ def write_manifest(root: Path, spec: DatasetSpec, files: Sequence[ShardFile], re
 
 
 def read_manifest(root: Path | str) -> Manifest:
-    """The dataset in folder `root`. Raises UserError when there is none, or its manifest is damaged or not ours."""
-    root = Path(root)
-    path = root / MANIFEST
-    if not path.is_file():
+    """The dataset at `root`, a local path or a URI (`Storage`).
+
+    Raises UserError when there is none, when its manifest is damaged or not ours, or when it cannot be reached.
+    """
+    storage = Storage(str(root))
+    where, files_where = storage.locate(MANIFEST), storage.locate(FILES)
+    try:
+        text = storage.read_bytes(MANIFEST)
+    except Damaged as error:
         raise UserError(
-            f"{root}: not a dataset (it has no {MANIFEST}). Make one with "
+            f"{storage.locate()}: not a dataset (it has no {MANIFEST}). Make one with "
             "`python -m ray_jobs.prepare --videos DIR --captions FILE --out DIR`; "
             "if that was interrupted, the same command continues it."
-        )
+        ) from error
     try:
-        raw = json.loads(path.read_bytes())
-        content = (root / FILES).read_bytes()
+        raw = json.loads(text)
         spec_raw, files_sha256, rejected = raw["spec"], raw["files_sha256"], raw["rejected"]
-    except (json.JSONDecodeError, KeyError, OSError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}). Prepare the dataset again.") from error
-    spec = DatasetSpec.from_json(spec_raw, str(path))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: damaged ({type(error).__name__}: {error}). Prepare the dataset again.") from error
+    spec = DatasetSpec.from_json(spec_raw, where)
+    content = storage.read_bytes(FILES)
     if hashlib.sha256(content).hexdigest() != files_sha256:
-        raise UserError(f"{root / FILES}: its SHA-256 is not the one in {MANIFEST}. Restore both from one copy.")
+        raise UserError(f"{files_where}: its SHA-256 is not the one in {MANIFEST}. Restore both from one copy.")
     files = pq.read_table(pa.BufferReader(content))
     if files.column_names != FILES_SCHEMA.names:
         raise UserError(
-            f"{root / FILES}: its columns are {files.column_names}; this release reads {FILES_SCHEMA.names}. "
+            f"{files_where}: its columns are {files.column_names}; this release reads {FILES_SCHEMA.names}. "
             "Prepare the dataset again."
         )
     files = files.cast(FILES_SCHEMA)
@@ -170,78 +176,45 @@ def read_manifest(root: Path | str) -> Manifest:
     return Manifest(str(root), spec, files, hashlib.sha256(identity.encode()).hexdigest(), int(rejected))
 
 
-def open_shard(path: Path, spec: DatasetSpec, rows: int | None = None) -> pq.ParquetFile:
-    """Open one shard and check that it is what the manifest says. Raises UserError that names the file.
+def check_shards(manifest: Manifest, damage_is_error: bool = True) -> list[str]:
+    """Look, before anything starts, for shards that are missing, cut short, or of another dataset.
 
-    rows: of this shard in the manifest; None where it is not known, then the footer's own number
-    """
-    try:
-        shard = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: the manifest lists this shard, but it is not there. Restore it.") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be opened as Parquet; truncated or damaged ({str(error).splitlines()[0]}). "
-            "Restore it from a copy, or delete it with manifest.json and prepare the dataset again."
-        ) from error
-    raw = (shard.schema_arrow.metadata or {}).get(SPEC_KEY)
-    if raw is None:
-        raise UserError(f"{path}: not one of our shards (no {SPEC_KEY.decode()} in its footer).")
-    difference = spec.difference(DatasetSpec.from_json(json.loads(raw), str(path)))
-    if difference:
-        raise UserError(
-            f"{path}: the shard is not of this dataset: manifest against shard: {difference}. "
-            "Shards of different datasets cannot be mixed; restore the right one."
-        )
-    _check_row_groups(shard.metadata, path, spec, rows)
-    return shard
+    All sizes are looked at, by one listing, and the footers of a few shards: of at most FOOTERS_CHECKED_AT_START, or
+    REMOTE_FOOTERS_CHECKED_AT_START where each costs two requests.
 
-
-def _check_row_groups(footer: pq.FileMetaData, path: Path, spec: DatasetSpec, rows: int | None) -> None:
-    """The plan computes where a clip lies, and never asks the shard."""
-    if rows is not None and footer.num_rows != rows:
-        raise UserError(f"{path}: {footer.num_rows} rows, but the manifest says {rows}. Restore it from a copy.")
-    groups = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-    if groups != spec.row_groups(footer.num_rows):
-        raise UserError(
-            f"{path}: its row groups have {', '.join(map(str, sorted(set(groups))))} rows, where all but the last "
-            f"must have {spec.rows_per_row_group} (rows_per_row_group in {MANIFEST}) and the last no more. "
-            "Restore it from a copy, or prepare the dataset again."
-        )
-
-
-def read_rows(
-    shard: pq.ParquetFile, path: Path, group: int, frames: Sequence[int], extra: Sequence[str] = ()
-) -> pa.Table:
-    """One row group: clip_id, caption, `extra` columns, those of `frames`. A flipped byte is an error, never data."""
-    columns = ["clip_id", "caption", *extra, *map(frame_column, frames), *map(latent_column, frames)]
-    try:
-        return shard.read_row_group(group, columns=columns, use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path}: row group {group} cannot be read; damaged ({str(error).splitlines()[0]}). "
-            "Restore the shard from a copy."
-        ) from error
-
-
-def check_shards(manifest: Manifest) -> None:
-    """Fail before anything starts when a shard is missing, cut short, or of another dataset. Raises UserError.
-
-    All sizes are looked at, and the footers of at most FOOTERS_CHECKED_AT_START shards.
+    Returns what is damaged, a message each, where `damage_is_error` is False: whoever reads goes round it. Raises
+    Damaged for the first otherwise; and always for a shard of another dataset, which nobody should go round.
+    UserError: the store cannot be reached.
     """
     names, sizes = manifest.files["name"].to_pylist(), manifest.files["bytes"].to_numpy()
-    rows = manifest.shard_rows
-    root = Path(manifest.root)
-    for name, size in zip(names, sizes, strict=True):
-        path = root / name
-        actual = path.stat().st_size if path.is_file() else None
-        if actual is None:
-            raise UserError(f"{path}: the manifest lists this shard, but it is not there. Restore it.")
-        if actual != size:
-            raise UserError(f"{path}: {actual} bytes, but the manifest says {size}: truncated or replaced. Restore it.")
-    picked = np.unique(np.linspace(0, len(names) - 1, min(len(names), FOOTERS_CHECKED_AT_START)).astype(int))
-    for index in picked:
-        open_shard(root / names[index], manifest.spec, int(rows[index]))
+    rows, row_groups = manifest.shard_rows, RowGroups.of(manifest)
+    storage = row_groups.storage
+    damage: dict[int, Damaged] = {}
+    there = storage.sizes()
+    for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        if there.get(name) != size:
+            damage[index] = _wrong_size(storage.locate(name), there.get(name), size)
+            if damage_is_error:
+                raise damage[index]
+    most = FOOTERS_CHECKED_AT_START if storage.is_local else REMOTE_FOOTERS_CHECKED_AT_START
+    for index in np.unique(np.linspace(0, len(names) - 1, min(len(names), most)).astype(int)).tolist():
+        if index in damage:
+            continue
+        try:
+            row_groups.rows(names[index], int(rows[index]))
+        except Damaged as error:
+            if damage_is_error or error.reason == "foreign":
+                raise
+            damage[index] = error
+    return [str(damage[index]) for index in sorted(damage)]
+
+
+def _wrong_size(where: str, actual: int | None, size: int) -> Damaged:
+    if actual is None:
+        return Damaged(f"{where}: the manifest lists this shard, but it is not there. Restore it.", "missing")
+    return Damaged(
+        f"{where}: {actual} bytes, but the manifest says {size}: truncated or replaced. Restore it.", "footer"
+    )
 
 
 if __name__ == "__main__":

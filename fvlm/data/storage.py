@@ -37,6 +37,11 @@ Range = tuple[int, int]
 """(first byte, number of bytes) of a file."""
 
 
+def is_uri(root: str) -> bool:
+    """Whether `root` is a URI: it means the same in every folder, and pathlib would mangle it."""
+    return "://" in root
+
+
 @dataclass(frozen=True)
 class Storage:
     """The folder `root` as one value: hashable, picklable, no connection inside (each process makes its own).
@@ -54,14 +59,14 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        return "://" not in self.root or self.root.startswith("file://")
+        return not is_uri(self.root) or self.root.startswith("file://")
 
     @property
     def folder(self) -> Path:
         """The local folder; of a remote root there is none (ValueError)."""
         if not self.is_local:
             raise ValueError(f"{self.locate()} is not a local folder")
-        return Path(unquote(urlsplit(self.root).path) if "://" in self.root else self.root).expanduser()
+        return Path(unquote(urlsplit(self.root).path) if is_uri(self.root) else self.root).expanduser()
 
     def locate(self, name: str = "") -> str:
         """Where file `name` (or the root) is, for people: no credentials, no options."""
@@ -89,7 +94,7 @@ class Storage:
         if self.is_local:
             try:
                 return (self.folder / name).read_bytes()
-            except FileNotFoundError as error:
+            except (FileNotFoundError, NotADirectoryError) as error:
                 raise _missing(self.locate(name)) from error
             except OSError as error:
                 raise _unreadable(self.locate(name), error) from error

@@ -117,7 +117,9 @@ def log_line(latest: Row, max_steps: int) -> str:
             f"ingest {latest['ingest/clips_per_s']:.1f} clips/s, decode {latest['ingest/decode_ms']:.1f} ms, "
             f"{latest['ingest/blocks']:.0f} blocks {latest['ingest/store_mb']:.0f} MB waiting"
         )
-        ingest += f", {latest['ingest/corrupt']:.0f} damaged clips | " if latest["ingest/corrupt"] else " | "
+        ingest += f", {latest['ingest/corrupt']:.0f} damaged clips" if latest["ingest/corrupt"] else ""
+        retries = latest.get("ingest/retries", 0) + latest.get("ingest/rereads", 0)
+        ingest += f", {retries:.0f} retries | " if retries else " | "
     return (
         f"step {step}/{max_steps} ({100 * step / max_steps:.1f}%) epoch {latest['train/epoch']:.2f} | "
         f"{losses('cap', 'caption')} | {losses('rec', 'recon')} | "

@@ -50,7 +50,7 @@ def open_run(config: Config, manifest: Manifest) -> Path:
         began: dict[str, Any] = {
             "config": config.to_dict(),
             "dataset": manifest.fingerprint,
-            "dataset_path": manifest.root,
+            "dataset_path": manifest.where,
         }
         write_atomic(path, json.dumps(began, indent=2) + "\n")
         return run_dir
@@ -59,7 +59,7 @@ def open_run(config: Config, manifest: Manifest) -> Path:
     changes = [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key)]  # fmt: skip
     if began["dataset"] != manifest.fingerprint:
-        changes.append(f"dataset: {began['dataset_path']} -> {manifest.root} (other clips, or in another order)")
+        changes.append(f"dataset: {began['dataset_path']} -> {manifest.where} (other clips, or in another order)")
     if changes:
         raise UserError(
             f"{run_dir}: this run began with another config; what may not change within a run has changed:\n  "
