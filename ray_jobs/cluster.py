@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import ray
 import ray.data
-from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]  # a compiled module
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # a compiled module
+from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from fvlm.errors import UserError
 
@@ -132,7 +133,9 @@ def _token_authentication(folder: Path) -> Iterator[None]:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-    RayletConfig.initialize("")  # Ray read the mode when it was imported; this makes it look again
+    # Ray read the mode when it was imported and keeps the first token that it has seen; this makes it look again.
+    RayletConfig.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import make_spec, write_dataset, write_shard
 
+from fvlm.data.memory import IngestMemory
 from fvlm.data.schema import FORMAT_VERSION, ShardFile
 from fvlm.data.shards import write_manifest
 from fvlm.errors import UserError
@@ -322,8 +323,16 @@ def test_a_run_that_is_being_trained_is_refused(begun, good, monkeypatch, capsys
 
 def test_more_gpus_than_a_machine_has_are_refused_instead_of_waited_for(good, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0, "object_store_memory": 1e9})
     config = parse(arguments(good, tmp_path, "--scale.workers", "2"))
-    train.check_resources(config, use_gpu=False)
+    memory = IngestMemory(block_steps=1, block_bytes=1_000_000, waiting=1, compressed=0)
+    train.check_resources(config, memory, use_gpu=False)
     with pytest.raises(UserError, match="2 workers need 2 GPUs, and the cluster has 1"):
-        train.check_resources(config, use_gpu=True)
+        train.check_resources(config, memory, use_gpu=True)
+
+
+def test_an_object_store_that_would_spill_is_refused(good, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "object_store_memory": 1e8})
+    memory = IngestMemory(block_steps=1, block_bytes=20_000_000, waiting=1, compressed=0)
+    with pytest.raises(UserError, match="object store holds 100 MB and the ingest needs 340 MB"):
+        train.check_resources(parse(arguments(good, tmp_path)), memory, use_gpu=False)

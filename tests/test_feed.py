@@ -228,7 +228,7 @@ FEW_CORES = {"wait": 0.2, "delivered": 128, "most": 128, "decode_ms": 28, "cores
         (FEW_CORES, ["cores: 4 threads", "give 128 clips/s", ": 143)", "6 threads", "4:4:4", "218 px", "num-frames 5"]),
         (FEW_CORES | {"cores_busy": 0.4}, ["only 40% busy, so try --data.decode-threads 6"]),
         (FEW_CORES | {"decode_ms": 9}, ["decoding gets only 29% of its threads' time: end what else"]),
-        ({"wait": 0.05, "blocks_least": 2}, ["memory: ", "400 clips/s; 160 are wanted", "--ingest-memory 1600MB"]),
+        ({"wait": 0.05, "blocks_least": 2}, ["memory: ", "400 clips/s; 160 are wanted", "--ingest-memory 2300MB"]),
         ({"wait": 0.05}, ["batches came late: now and then the disk"]),
         ({"wait": 0.05, "cores_busy": 1.0}, ["other programs: ", "100% busy"]),
         ({"wait": 0.5, "most": 80, "delivered": 80}, ["neither decoding (6% of its threads) nor reading (4%)"]),
@@ -270,9 +270,9 @@ def test_the_report_shows_every_figure():
 
 def test_a_budget_is_the_same_wherever_it_is_asked_for(small):
     """The command prints it, sizes the object store by it, and hands it to the ranks."""
-    config, _ = command_line(["demo", "--data.path", small.root, "--ingest-memory", "600MB", *SMALL])
+    config, _ = command_line(["demo", "--data.path", small.root, "--ingest-memory", "1GB", *SMALL])
     memory = ingest_memory(config, small)
-    assert memory.total <= 600 * MB
+    assert memory.total <= 1000 * MB
     with pytest.raises(UserError, match="for 2 ranks is too little"):
-        two = dataclasses.replace(config, ingest_memory="300MB", scale=ScaleConfig(workers=2))
+        two = dataclasses.replace(config, ingest_memory="900MB", scale=ScaleConfig(workers=2))
         ingest_memory(two, small)

@@ -35,7 +35,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--clips", type=int, default=2_000)
     parser.add_argument("--rounds", type=int, default=3, help="1: a quick look, at the inspection's own figures")
-    parser.add_argument("--epochs", type=int, default=1, help="times that one pass goes through the clips")
+    parser.add_argument(
+        "--epochs", type=int, default=3, help="times that one pass goes through the clips; the first is not steady"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", default="1,2,3", help="numbers of DataLoader workers to try")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="loaders, with commas between them")
@@ -142,7 +144,6 @@ def side_by_side(bench: Bench) -> Results:
     }
     if "ours" in results and bench.args.rounds > 1:
         results["ours"] |= from_middle(bench, best["ours"], rounds["ours"][0]["ids"])
-        results["ours"] |= endurance(bench, best["ours"])
     return results
 
 
@@ -165,12 +166,6 @@ def from_middle(bench: Bench, variant: Any, ids: list[str]) -> dict[str, Any]:
         return {}
     same = result["ids"] == ids[-len(result["ids"]) :]
     return {"from_middle_first_s": result["first_s"], "from_middle_same_order": same}
-
-
-def endurance(bench: Bench, variant: Any) -> dict[str, Any]:
-    """Memory in each third of three epochs: does it stay where it was?"""
-    result = bench.attempt("ours", variant, "three epochs", watch_memory=True, epochs=3)
-    return {"peak_of_epochs": result["memory"]["peak_of_thirds"], "idle": result["memory"]["idle"]} if result else {}
 
 
 def plan_scale(size: str) -> dict[str, Any]:

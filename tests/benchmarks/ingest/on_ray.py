@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -63,7 +64,12 @@ class Rank:
         """Answers once the constructor is done."""
 
     def run(self) -> dict[str, Any]:
-        return consume([self._batches()], self.root)
+        batches, plan = self._batches(), self.reader.plan
+        ends = [*range(plan.steps_per_epoch, self.stop + 1, plan.steps_per_epoch)]
+        begins = [self.start, *ends[:-1]]
+        return consume(
+            (itertools.islice(batches, end - begin) for begin, end in zip(begins, ends, strict=True)), self.root
+        )
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:
         share = share_of_one_rank(self.config, self.memory, on_gpu=True)  # as its consumer, this one hardly computes

@@ -11,7 +11,7 @@ from typing import Any
 
 from contenders import CONTENDERS
 
-MEDIANS = ("steady", "epoch", "after_first", "cpu_steady", "cpu_epoch", "first_s", "longest_wait_s", "start_s")
+MEDIANS = ("steady", "epoch", "cpu_steady", "cpu_epoch", "first_s", "longest_wait_s", "start_s")
 """Figures of a pass of which the medians of the rounds count."""
 HEADER = (
     "loader | workers | clips/s steady | of the limit | clips/s epoch | CPU s / 1,000 clips | with start-up "
@@ -96,9 +96,9 @@ def remarks(loaders: dict[str, Any]) -> list[str]:
         lines.append(
             f"ours, from the middle of the epoch: first batch after {ours['from_middle_first_s']:.1f} s, {same}"
         )
-    if "peak_of_epochs" in ours:
-        peaks = ", ".join(f"{(peak - ours['idle']['total']) / 1e6:,.0f}" for peak in ours["peak_of_epochs"])
-        lines.append(f"ours, memory above idle in each third of three epochs: {peaks} MB")
+    if memory := ours.get("memory"):
+        peaks = ", ".join(f"{(peak - memory['idle']['total']) / 1e6:,.0f}" for peak in memory["peak_of_thirds"])
+        lines.append(f"ours, memory above idle in each third of the epochs: {peaks} MB")
     return lines
 
 
