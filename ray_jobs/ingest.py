@@ -54,11 +54,10 @@ NICENESS = 5
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank's ingest gets: memory, threads that decode, and CPUs that Ray reserves for them."""
+    """What one rank's ingest gets: memory, and threads that decode."""
 
     memory: IngestMemory
     threads: int
-    cpus: int
 
 
 def waiting_key(rank: int) -> bytes:
@@ -81,16 +80,18 @@ def store_needed(config: Config, memory: IngestMemory) -> int:
 def share_of_one_rank(config: Config, memory: IngestMemory, on_gpu: bool) -> Share:
     """Asks the cluster how many CPUs it has.
 
-    Every rank gets CPUs of its own. Were they common, the decoding of one rank, held up until its batches are taken,
-    could keep all of them while that rank waits in a collective for another one, which would never get its batch.
+    Every rank's decoding reserves one CPU of its own. Were they common, the decoding of one rank, held up until its
+    batches are taken, could keep all of them while that rank waits in a collective for another one, which would never
+    get its batch. It reserves no more, since Ray Data then waits for ever where Ray Train and it share a cluster; but
+    its threads are as many as its share of the cluster has CPUs.
 
     A rank on a GPU leaves most of its core idle, and decoding runs at a lower priority: it may use that core too.
     """
     scale = config.scale
     free = ray.cluster_resources().get("CPU", 0) - scale.workers * scale.cpus_per_worker
     largest_node = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
-    cpus = max(1, int(min(free // scale.workers, largest_node - scale.cpus_per_worker, MOST_THREADS)))
-    return Share(memory, config.data.decode_threads or cpus + on_gpu, cpus)
+    threads = max(1, int(min(free // scale.workers, largest_node - scale.cpus_per_worker, MOST_THREADS)))
+    return Share(memory, config.data.decode_threads or threads + on_gpu)
 
 
 def rank_batches(reader: ClipReader, share: Share, rank: int, world: int, start: int, stop: int) -> Iterator[RawBatch]:
@@ -137,7 +138,7 @@ def _blocks(
         Decoder,
         fn_constructor_args=(reader, share, rank, world, tasks),
         batch_size=None,
-        num_cpus=share.cpus,
+        num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),  # of two, the second may run first
     )
     (iterator,) = dataset.streaming_split(1)

@@ -77,7 +77,7 @@ def read(reader: ClipReader, start: int = 0, stop: int = STOP) -> tuple[list[Ste
 
 def share(reader: ClipReader, world: int) -> Share:
     block = 2 * reader.clip_bytes * (GLOBAL_BATCH // world)
-    return Share(IngestMemory(block_steps=2, block_bytes=block, waiting=2, compressed=0), threads=2, cpus=1)
+    return Share(IngestMemory(block_steps=2, block_bytes=block, waiting=2, compressed=0), threads=2)
 
 
 def over_ray(reader: ClipReader, start: int, world: int) -> list[Step]:

@@ -85,7 +85,7 @@ def most_blocks(memory: IngestMemory, seconds: float) -> float:
 @pytest.mark.parametrize("waiting", [1, 6])
 def test_however_long_nobody_takes_a_batch_no_more_blocks_exist_than_were_reckoned_with(cluster, reader, waiting):
     memory = IngestMemory(2, 2 * BATCH * reader.clip_bytes, waiting, compressed=0)
-    batches = rank_batches(reader, Share(memory, 2, 1), 0, 1, 0, 400)
+    batches = rank_batches(reader, Share(memory, 2), 0, 1, 0, 400)
     held = []
     taken = 0
     for stall_at in (1, 2, 9, 33, 70):
@@ -110,7 +110,7 @@ def process_named(part: str) -> psutil.Process:
 
 def test_the_executor_rests_while_nobody_takes_a_batch_and_the_feed_counts(cluster, reader):
     memory = IngestMemory(2, 2 * BATCH * reader.clip_bytes, waiting=3, compressed=0)
-    share = Share(memory, 2, 1)
+    share = Share(memory, 2)
     batches = rank_batches(reader, share, 0, 1, 0, 400)
     feed = Feed(batches, share, 0, len)
     for batch in itertools.islice(feed, 5):

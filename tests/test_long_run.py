@@ -71,7 +71,7 @@ def test_memory_shared_memory_and_open_files_stay_flat_over_100_epochs_and_nothi
     memory = IngestMemory(block_steps=2, block_bytes=2 * 4 * reader.clip_bytes, waiting=2, compressed=0)
     samples, replaced = [], 0
     with connect(num_cpus=2, object_store_bytes=STORE_BYTES):
-        for step, batch in enumerate(rank_batches(reader, Share(memory, 2, 1), 0, 1, 0, STEPS)):
+        for step, batch in enumerate(rank_batches(reader, Share(memory, 2), 0, 1, 0, STEPS)):
             replaced += int(np.count_nonzero(batch["replaced"] != ""))
             if step % 97 == 96:
                 time.sleep(0.5)

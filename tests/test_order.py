@@ -101,7 +101,7 @@ def rank_clips(reader: ClipReader, start: int, stop: int, rank: int = 0, world: 
 def share(reader: ClipReader, world: int, block_steps: int = 2) -> Share:
     """Blocks of two steps, so that windows and starts that are not even leave blocks of one."""
     batch = reader.clip_bytes * (reader.plan.global_batch // world)
-    return Share(IngestMemory(block_steps, block_steps * batch, waiting=2, compressed=0), 2, 1)
+    return Share(IngestMemory(block_steps, block_steps * batch, waiting=2, compressed=0), 2)
 
 
 def global_batches(reader: ClipReader, start: int, stop: int, world: int) -> list[list[Clip]]:
@@ -207,7 +207,7 @@ def test_ranks_that_wait_for_each_other_never_starve(cluster, tmp_path):
     config = Config(run="starve", scale=ScaleConfig(workers=2, cpus_per_worker=0.5))
     memory = share_out(reader, 2, None, 8 << 30)
     shared_out = share_of_one_rank(config, memory, on_gpu=False)
-    assert shared_out.cpus == 1 and cpus_needed(config) == 3  # of 4 CPUs
+    assert shared_out.threads == 1 and cpus_needed(config) == 3  # of 4 CPUs
     ranks = [rank_batches(reader, shared_out, rank, 2, 0, 8 * 48) for rank in range(2)]
     for _ in range(96):
         first, second = (set(next(rank)["clip_id"]) for rank in ranks)
