@@ -125,7 +125,7 @@ class RowGroups:
                 return action(self._open(shard))
             except Damaged as error:
                 with _OPEN_LOCK:
-                    _OPEN.pop((self.storage, self.spec, shard), None)
+                    _OPEN.pop(self._key(shard), None)
                 if self.storage.is_local or error.reason == "missing" or attempt >= READS:
                     raise
                 count("rereads")
@@ -133,8 +133,16 @@ class RowGroups:
             time.sleep(self.storage.patience.wait_s(attempt))
         raise AssertionError("the loop above ends by itself")
 
+    def _key(self, shard: str) -> _Key:
+        """What an open shard is known by: a local file that was put in another's place is another shard."""
+        version: tuple[int, ...] = ()
+        if self.storage.is_local and (path := self.storage.folder / shard).exists():
+            found = path.stat()
+            version = (found.st_ino, found.st_mtime_ns, found.st_size)
+        return self.storage, self.spec, shard, version
+
     def _open(self, shard: str) -> _OpenShard:
-        key = (self.storage, self.spec, shard)
+        key = self._key(shard)
         with _OPEN_LOCK:
             if key in _OPEN:
                 _OPEN.move_to_end(key)
@@ -212,7 +220,8 @@ class _OpenShard:
         return [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]
 
 
-_OPEN: OrderedDict[tuple[Storage, DatasetSpec, str], _OpenShard] = OrderedDict()
+_Key = tuple[Storage, DatasetSpec, str, tuple[int, ...]]
+_OPEN: OrderedDict[_Key, _OpenShard] = OrderedDict()
 _OPEN_LOCK = threading.Lock()
 
 
