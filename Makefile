@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench-ingest bench-convert clean help
+.PHONY: demo test test-long lint torture bench-ingest bench-convert clean help
 
 help:
 	@echo "make demo            train a tiny model on generated videos, end to end, with a restart in the middle"
-	@echo "make test            lint, type check, and every test"
+	@echo "make test            lint, type check, and every test but the long ones"
+	@echo "make test-long       those: lost nodes, hanging ranks, full disks, a hundred epochs"
+	@echo "make torture         kill a run KILLS=20 times at moments drawn from SEED=0, and compare it with an undisturbed one"
 	@echo "make bench-ingest   video loaders side by side (ARGS='--clips 2000 --rounds 3 --json FILE')"
 	@echo "make bench-convert  a real 1 GB shard of the earlier trainer: seconds, memory, bytes"
 	@echo "make clean          remove what the targets made (the environment too)"
@@ -29,6 +31,14 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
+
+KILLS ?= 20
+SEED ?= 0
+torture: $(READY)
+	$(BIN)/python tests/torture --kills $(KILLS) --seed $(SEED) $(ARGS)
 
 bench-ingest: $(READY)
 	$(BIN)/python tests/benchmarks/ingest $(ARGS)

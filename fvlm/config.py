@@ -105,17 +105,28 @@ class TrainConfig:
     """Steps whose checkpoints are never deleted; so are all multiples of the last one."""
     ratio_window: int = 100
     """Readings in the running averages of the ratios."""
+    max_skipped: int = 20
+    """A step whose loss or gradient is not finite is skipped; so many in a row end the run. More than the 8 to 16 clips
+    of a row group, which all can be broken at once and are spread over as many steps."""
+    checkpoint_dir: str = ""
+    """Checkpoints go to DIR/RUN: an absolute folder, s3://bucket/path, ... Empty: `checkpoints` in the run folder."""
 
 
 @dataclass(frozen=True)
 class ScaleConfig:
     workers: int = 1
     """Ranks. Free to change between restarts."""
+    min_workers: int = 0
+    """Go on with fewer ranks, down to so many, when the cluster has lost nodes, and with more when it has grown. 0: as
+    many as `workers`, always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for one rank, and threads it computes with where there is no GPU; the others decode."""
     max_failures: int = 3
-    """Worker deaths that one start of the command survives."""
+    """Failures in a row, without a new checkpoint between them, that one start of the command survives."""
+    hang_s: float = 600.0
+    """A rank that finished no step for so many seconds writes down where it stands and ends, so that all ranks start
+    again. Three times as long for the first step of a start (data, compilation). 0: it waits for ever."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,8 @@ class LogConfig:
     wandb_project: str = "foveated-vlm-joint"
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """"auto": online when WANDB_API_KEY is set or `wandb login` was done, offline otherwise."""
+    samples: bool = False
+    """List the clips of every step in the run folder's samples/."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,8 @@ class Config:
     import_checkpoint: str = ""
     """A `latest.pt` of the earlier trainer, to begin from. Once the run has a checkpoint of its own, that wins."""
     ingest_memory: str = "auto"
-    """Most memory that the whole ingest may hold, such as 2GB. "auto": 1 GB a rank, at most a quarter of all memory."""
+    """Most memory that the whole ingest may hold, such as 2GB. "auto": 1.3 GB a rank, at most a quarter of all memory,
+    and never too little."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -152,6 +166,12 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir).expanduser().resolve() / self.run_name
+
+    @property
+    def rank_counts(self) -> list[int]:
+        """The numbers of ranks that are allowed: those that share the lanes evenly, from `min_workers` to `workers`."""
+        least = self.scale.min_workers or self.scale.workers
+        return [n for n in range(least, self.scale.workers + 1) if self.data.lanes % n == 0]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -202,44 +222,36 @@ def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
+ABOVE_ZERO = """
+    data.num_frames data.frame_size data.global_batch data.lanes data.window_steps data.max_caption_tokens data.cache_gb
+    objective.fine_iterations objective.coarse_every optim.lr optim.grad_clip
+    train.max_steps train.log_every train.save_every train.keep_last train.ratio_window train.max_skipped scale.workers
+""".split()  # noqa: SIM905  (a list is four times as long)
+NOT_NEGATIVE = """
+    optim.warmup_steps optim.weight_decay objective.lambda_recon data.decode_threads data.max_corrupt
+    scale.min_workers scale.max_failures scale.hang_s scale.cpus_per_worker
+""".split()  # noqa: SIM905
+
+
 def validate(config: Config) -> Config:
     """Return `config`, or raise UserError that names the key, the value and values that would do."""
-    data, workers = config.data, config.scale.workers
-    positive = {
-        "data.num_frames": data.num_frames,
-        "data.frame_size": data.frame_size,
-        "data.global_batch": data.global_batch,
-        "data.lanes": data.lanes,
-        "data.window_steps": data.window_steps,
-        "data.max_caption_tokens": data.max_caption_tokens,
-        "data.cache_gb": data.cache_gb,
-        "objective.fine_iterations": config.objective.fine_iterations,
-        "objective.coarse_every": config.objective.coarse_every,
-        "optim.lr": config.optim.lr,
-        "optim.grad_clip": config.optim.grad_clip,
-        "train.max_steps": config.train.max_steps,
-        "train.log_every": config.train.log_every,
-        "train.save_every": config.train.save_every,
-        "train.keep_last": config.train.keep_last,
-        "train.ratio_window": config.train.ratio_window,
-        "scale.workers": workers,
-    }
-    for key, value in positive.items():
-        _require(value > 0, f"--{key.replace('_', '-')} is {value}; it must be above 0.")
-    for key, value in {
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "optim.weight_decay": config.optim.weight_decay,
-        "objective.lambda_recon": config.objective.lambda_recon,
-        "data.decode_threads": data.decode_threads,
-        "data.max_corrupt": data.max_corrupt,
-        "scale.max_failures": config.scale.max_failures,
-        "scale.cpus_per_worker": config.scale.cpus_per_worker,
-    }.items():
-        _require(value >= 0, f"--{key.replace('_', '-')} is {value}; it must not be negative.")
+    data, workers, values = config.data, config.scale.workers, flatten(config.to_dict())
+    for key in ABOVE_ZERO:
+        _require(values[key] > 0, f"--{key.replace('_', '-')} is {values[key]}; it must be above 0.")
+    for key in NOT_NEGATIVE:
+        _require(values[key] >= 0, f"--{key.replace('_', '-')} is {values[key]}; it must not be negative.")
+    checkpoint_dir = config.train.checkpoint_dir
+    for key, place in {"data.path": data.path, "train.checkpoint-dir": checkpoint_dir}.items():
+        _require(
+            not urlsplit(place).password,
+            f"--{key} holds a secret, which would be stored with the run, shown in W&B and in lists of jobs. Leave it "
+            "out, and give it as the store's own clients expect: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "~/.aws, ...",
+        )
     _require(
-        not urlsplit(data.path).password,
-        "--data.path holds a secret, which would be stored with the run, shown in W&B and in lists of jobs. Leave it "
-        "out, and give it as the store's own clients expect: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, ...",
+        not checkpoint_dir or "://" in checkpoint_dir or Path(checkpoint_dir).expanduser().is_absolute(),
+        f"--train.checkpoint-dir {checkpoint_dir} is relative, and ranks do not run in this folder. Give an absolute "
+        "folder that all nodes see, or s3://bucket/path.",
     )
     _require("://" not in config.runs_dir, f"--runs-dir {config.runs_dir}: give a folder; a run cannot lie elsewhere.")
     _require(
@@ -251,6 +263,10 @@ def validate(config: Config) -> Config:
         data.lanes % workers == 0,
         f"--scale.workers {workers} does not divide --data.lanes {data.lanes}, so the ranks could not share the lanes "
         f"evenly. Numbers of workers that do: {_divisors(data.lanes)}.",
+    )
+    _require(
+        config.scale.min_workers <= workers,
+        f"--scale.min-workers {config.scale.min_workers} is more than --scale.workers {workers}.",
     )
     _require(
         bool(config.run_name) and "/" not in config.run_name and not config.run_name.startswith("."),

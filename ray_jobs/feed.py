@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 from ray.experimental import internal_kv
@@ -81,3 +83,22 @@ def blocks_waiting(rank: int) -> int:
     """Blocks in Ray Data's hands, as the executor last said (at most half a second ago)."""
     value = internal_kv._internal_kv_get(waiting_key(rank))
     return int(value) if value else 0
+
+
+def begun(batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
+    """`batches`, the first of which is being fetched from now on, in a thread."""
+    first: Future[RawBatch | None] = Future()
+
+    def fetch() -> None:
+        try:
+            first.set_result(next(batches, None))
+        except BaseException as error:  # noqa: BLE001  raised where the batch is asked for
+            first.set_exception(error)
+
+    def all_of_them() -> Iterator[RawBatch]:
+        if (batch := first.result()) is not None:
+            yield batch
+            yield from batches
+
+    threading.Thread(target=fetch, name="first-batch", daemon=True).start()
+    return all_of_them()

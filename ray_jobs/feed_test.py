@@ -31,8 +31,9 @@ from ray_jobs.options import FeedTest
 FIRST_STEP_S = 2.0
 """A training's first step takes so long at least, and the ingest gets on with its work meanwhile."""
 LAP_S, LINE_EVERY_S, GLANCE_S = 1.0, 5.0, 0.5
-UNPACED = 1 / 6
-"""Of the measured time, and after it, batches are taken as fast as they come."""
+WARM_UP = UNPACED = 1 / 6
+"""Of the measured time. Before it, in the seconds in which Ray's own processes start on the same cores, once in weeks,
+steps run that are shown and do not count; after it, batches are taken as fast as they come."""
 
 
 @ray.remote
@@ -111,6 +112,9 @@ def feeds(config: Config, manifest: Manifest, memory: IngestMemory, test: FeedTe
     print(f"first batch after {max(seconds for seconds, _ in firsts):.1f} s", flush=True)
     time.sleep(FIRST_STEP_S)
     store = StorePeak()
+    print("starting up, not counted:", flush=True)
+    starting = watch(consumers, test.step_s, WARM_UP * test.seconds, store)
+    print(f"measured (wait before: {max(mean(laps, 'wait') for laps in starting):.1%}):", flush=True)
     paced = watch(consumers, test.step_s, test.seconds, store)
     print("as fast as they come:", flush=True)
     ray.get([consumer.drain.remote() for consumer in consumers])

@@ -123,9 +123,12 @@ def steps_of(blocks: Iterator[RawBatch], size: int) -> Iterator[RawBatch]:
             raise UserError(str(block["caption"][clips]))
 
 
-def cpus_needed(config: Config) -> int:
-    """CPUs without which a run would wait for ever: every rank's own, and one for each rank's decoding."""
-    return math.ceil(config.scale.workers * (config.scale.cpus_per_worker + 1))
+def cpus_needed(config: Config, ranks: int = 0) -> int:
+    """CPUs without which a run would wait for ever: every rank's own, and one for each rank's decoding.
+
+    ranks: how many; 0: all that the config wants
+    """
+    return math.ceil((ranks or config.scale.workers) * (config.scale.cpus_per_worker + 1))
 
 
 def _blocks(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -27,9 +26,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from fvlm import presets
 from fvlm.config import Config
-from fvlm.data.storage import is_uri
 from fvlm.errors import UserError
 from ray_jobs.cli import run_command
+from ray_jobs.command import absolute, with_paths
 from ray_jobs.options import parse
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -114,20 +113,6 @@ def default_address() -> str:
     return os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or DEFAULT_ADDRESS
 
 
-def absolute(config: Config) -> Config:
-    """The config with paths that mean the same in the job, which runs in a temporary copy of the code."""
-    if not config.data.path:
-        raise UserError("--data.path is missing: the folder of a prepared dataset, as the cluster's nodes see it.")
-    path, cache_dir = _absolute(config.data.path), _absolute(config.data.cache_dir)
-    data = dataclasses.replace(config.data, path=path, cache_dir=cache_dir)
-    runs_dir, imported = _absolute(config.runs_dir), _absolute(config.import_checkpoint)
-    return dataclasses.replace(config, data=data, runs_dir=runs_dir, import_checkpoint=imported)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path and not is_uri(path) else path
-
-
 def connect(address: str) -> JobSubmissionClient:
     """Raises UserError when no cluster answers at `address`, or when it does not let us in."""
     if not address.startswith(("http://", "https://")):
@@ -187,29 +172,30 @@ def submit(client: JobSubmissionClient, config: Config, args: list[str]) -> str:
     raise AssertionError
 
 
-def next_attempt(client: JobSubmissionClient, config: Config) -> str:
-    """`<run>-a<attempt>`: a submission id can be used once."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run_name)  # it becomes part of URLs and file names
-    attempts = [0]
+def active_job(client: JobSubmissionClient, config: Config) -> JobDetails | None:
+    """The job that trains the run or is about to; None when there is none."""
     for job in client.list_jobs():
         if (job.metadata or {}).get("run_dir") == run_dir(config) and not job.status.is_terminal():
-            raise UserError(
-                f"run {config.run_name} is under way: job {job.submission_id} is {job.status}.\n"
-                + hints(client, str(job.submission_id))
-            )
-        if match := re.fullmatch(re.escape(name) + r"-a(\d+)", job.submission_id or ""):
-            attempts.append(int(match[1]))
+            return job
+    return None
+
+
+def next_attempt(client: JobSubmissionClient, config: Config) -> str:
+    """`<run>-a<attempt>`: a submission id can be used once."""
+    if job := active_job(client, config):
+        raise UserError(
+            f"run {config.run_name} is under way: job {job.submission_id} is {job.status}.\n"
+            + hints(client, str(job.submission_id))
+        )
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", config.run_name)  # it becomes part of URLs and file names
+    used = [re.fullmatch(re.escape(name) + r"-a(\d+)", job.submission_id or "") for job in client.list_jobs()]
+    attempts = [0, *(int(match[1]) for match in used if match)]
     return f"{name}-a{max(attempts) + 1}"
 
 
 def entrypoint(config: Config, args: list[str]) -> str:
-    """The command of the job. A later option overrides an earlier one."""
-    paths = ["--data.path", config.data.path, "--runs-dir", config.runs_dir]
-    if config.data.cache_dir:
-        paths += ["--data.cache-dir", config.data.cache_dir]
-    if config.import_checkpoint:
-        paths += ["--import-checkpoint", config.import_checkpoint]
-    return shlex.join(["python", "-m", "ray_jobs.train", *args, *paths])
+    """The command of the job."""
+    return shlex.join(["python", "-m", "ray_jobs.train", *with_paths(args, config)])
 
 
 def run_dir(config: Config) -> str:

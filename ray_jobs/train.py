@@ -9,17 +9,11 @@ import re
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import ray
-import ray.train
-from ray.train import CheckpointConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfig is at run time, with its type
 
 from fvlm.config import Config
 from fvlm.convert.legacy_checkpoint import import_run
@@ -33,14 +27,16 @@ from fvlm.data.storage import is_uri
 from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
 from fvlm.errors import Damaged, UserError
 from fvlm.model.hub import vocabulary_size
-from fvlm.train.run_folder import CHECKPOINTS, TOKENIZER, exclusive, finished_steps, latest_checkpoint, open_run
-from fvlm.train.sinks import TRAIN_LOG
+from fvlm.train.run_folder import TOKENIZER, exclusive, open_run
+from fvlm.train.sinks import TRAIN_LOG, TrainLog
+from fvlm.train.store import checkpoint_store, newest_step
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
+from ray_jobs.command import remember
 from ray_jobs.feed_test import feeds
 from ray_jobs.ingest import cpus_needed, ingest_memory, store_needed
 from ray_jobs.options import FeedTest, command_line
-from ray_jobs.rank import Ledger, train_rank
+from ray_jobs.supervise import StopRequest, keep_training, on_gpu
 
 CAPTIONS_FOR_TOKENIZER = 100_000
 
@@ -52,18 +48,23 @@ def main() -> None:
     if test:
         sys.exit(0 if run_feed_test(config, test) else 1)
     manifest = prepare_run(config)
-    run_dir, steps = config.run_dir, config.train.max_steps
-    if finished_steps(run_dir) >= steps:
-        print(f"{config.run_name} is finished: {finished_steps(run_dir)} of {steps} steps. Nothing to do.\n{run_dir}")
+    run_dir, steps, store = config.run_dir, config.train.max_steps, checkpoint_store(config)
+    if (done := newest_step(store)) >= steps:
+        print(f"{config.run_name} is finished: {done} of {steps} steps. Nothing to do.\n{run_dir}")
         return
     print(config.describe(), flush=True)
     memory = ingest_memory(config, manifest)
     print(f"ingest: at most {memory}", flush=True)
     with exclusive(run_dir):
-        corrupt = CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: before anything starts
-        with cluster(config, memory), follow(run_dir / TRAIN_LOG):
-            fit(config, manifest, memory, Ledger.options(num_cpus=0).remote(corrupt))  # type: ignore[attr-defined]
-    print(f"{config.run_name}: finished {steps} steps. Checkpoint: {latest_checkpoint(run_dir)}", flush=True)
+        remember(config, sys.argv[1:])
+        CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: an error before anything starts
+        with cluster(config, memory), follow(run_dir / TRAIN_LOG), StopRequest() as stop:
+            check_resources(config, memory, on_gpu(config))
+            done = keep_training(config, manifest, stop, TrainLog(run_dir, steps).note)
+    if done < steps:
+        print(f"{config.run_name}: stopped at step {done} of {steps}, which is saved. The same command goes on.")
+        sys.exit(128 + (stop.signal or 0))
+    print(f"{config.run_name}: finished {steps} steps. Checkpoint: {store.locate(store.names()[-1])}", flush=True)
 
 
 def settle_paths(config: Config) -> Config:
@@ -127,8 +128,8 @@ def prepare_run(config: Config) -> Manifest:
     run_dir = open_run(config, manifest)
     try:
         make_tokenizer(config, manifest, run_dir / TOKENIZER)
-        if config.import_checkpoint and latest_checkpoint(run_dir) is None:
-            import_run(Path(config.import_checkpoint).expanduser(), config, manifest, run_dir / CHECKPOINTS)
+        if config.import_checkpoint and not checkpoint_store(config).names():
+            import_run(Path(config.import_checkpoint).expanduser(), config, manifest, checkpoint_store(config))
     except UserError:
         if is_new:  # otherwise its config would stand in the way of the corrected command
             shutil.rmtree(run_dir)
@@ -174,39 +175,6 @@ def captions(manifest: Manifest, tolerant: bool) -> Iterator[str]:
     return itertools.islice(itertools.chain.from_iterable(shards), CAPTIONS_FOR_TOKENIZER)
 
 
-def fit(config: Config, manifest: Manifest, memory: IngestMemory, ledger: Any) -> None:
-    """Train on the connected cluster. Raises UserError when the run stopped for a reason that is the user's to mend."""
-    run_dir = config.run_dir
-    use_gpu = config.scale.device == "cuda" or (
-        config.scale.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-    )
-    check_resources(config, memory, use_gpu)
-    trainer = TorchTrainer(
-        train_rank,
-        train_loop_config={"config": config, "manifest": manifest, "memory": memory, "ledger": ledger},
-        scaling_config=ScalingConfig(
-            num_workers=config.scale.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            # A name of its own for every start: Ray's record of an earlier one, whole or damaged, plays no part.
-            name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=str(run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=config.scale.max_failures, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        reason = ray.get(ledger.reason.remote())
-        raise UserError(reason) if reason else error from error
-    reason = ray.get(ledger.reason.remote())
-    if reason:
-        raise UserError(reason)
-
-
 def check_resources(config: Config, memory: IngestMemory, use_gpu: bool) -> None:
     """Ray waits without a word for what a cluster lacks: say so. A cluster of ours will not grow: raise UserError."""
     has = ray.cluster_resources()
@@ -217,10 +185,11 @@ def check_resources(config: Config, memory: IngestMemory, use_gpu: bool) -> None
             f"{store_needed(config, memory) / MB:,.0f} MB, or Ray would write batches to the disk. Start Ray with a "
             "larger --object-store-memory, or lower --ingest-memory."
         )
-    for name, needed in (("CPU", cpus_needed(config)), ("GPU", config.scale.workers if use_gpu else 0)):
+    least = min(config.rank_counts)
+    for name, needed in (("CPU", cpus_needed(config, least)), ("GPU", least if use_gpu else 0)):
         if has.get(name, 0) >= needed:
             continue
-        lack = f"{config.scale.workers} workers need {needed} {name}s, and the cluster has {has.get(name, 0):g}"
+        lack = f"{least} workers need {needed} {name}s, and the cluster has {has.get(name, 0):g}"
         if os.environ.get("RAY_ADDRESS", "local") == "local":
             raise UserError(f"{lack}. Use fewer --scale.workers, or --scale.device cpu.")
         print(f"{lack}: waiting until it has more.", flush=True)

@@ -51,7 +51,7 @@ class Proxy(ThreadingHTTPServer):
 
     An int is an HTTP status. "late": no answer. "cut": the connection closes in the middle of the body. "short",
     "empty": a body of half its length or of none, announced as whole. "garbled": one bit of the body is flipped.
-    "drip": a byte now and then.
+    "drip": a byte now and then. "lost": what was asked for is done, and no answer comes.
 
     Every answer comes `delay_s` late. Whether a request suffers is drawn from `seed`, its method and path, and how many
     such came before: the order in which threads come does not matter. `requests` holds (method, path, range) of all,
@@ -126,6 +126,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.at_once -= 1
 
     def answer(self, fault: str | None) -> None:
+        sent = self.body()
         if fault == "late" or self.server.gone.is_set():
             self.server.gone.wait()
             self.close_connection = True
@@ -134,10 +135,14 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(int(fault.lstrip("s")))
             return
         upstream = http.client.HTTPConnection(self.server.store.address, timeout=20)
-        upstream.request(self.command, self.path, headers=dict(self.headers))
+        kept = {key: value for key, value in self.headers.items() if key.lower() not in ("transfer-encoding", "expect")}
+        upstream.request(self.command, self.path, body=sent, headers=kept | {"Content-Length": str(len(sent))})
         reply = upstream.getresponse()
         body = reply.read()
         upstream.close()
+        if fault == "lost":
+            self.close_connection = True
+            return
         length = int(reply.headers.get("Content-Length", len(body)))
         if fault in ("short", "empty"):
             body = body[: len(body) // 2 if fault == "short" else 0]
@@ -167,6 +172,22 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.sent += len(body)
 
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def handle_expect_100(self) -> bool:
+        """The client waits for this before it sends a body."""
+        go_on = super().handle_expect_100()
+        self.wfile.flush()
+        return go_on
+
     def refuse(self, status: int) -> None:
         body = f"<?xml version='1.0'?><Error><Code>{ERRORS[status]}</Code><Message>no</Message></Error>".encode()
         self.send_response(status)
@@ -176,4 +197,4 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_HEAD = forward
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward

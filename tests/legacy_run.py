@@ -24,6 +24,7 @@ from fvlm.data.decode import encode_frame
 from fvlm.data.plan import Plan
 from fvlm.data.schema import DatasetSpec, EncodedClip, Manifest
 from fvlm.data.shards import ShardWriter, read_manifest, write_manifest
+from fvlm.train.store import LocalStore
 from ray_jobs.options import parse
 
 STORED, USED, ROWS_PER_GROUP, WINDOW = 24, np.linspace(0, 23, 8, dtype=int), 3, 4
@@ -90,7 +91,8 @@ class Takeover:
         """Import `latest` (or the run's own) as the first start of a run does -> config, dataset, checkpoint."""
         config = parse(self.options(folder, latest or self.latest))
         manifest = read_manifest(self.folder / "data")
-        return config, manifest, import_run(Path(config.import_checkpoint), config, manifest, folder / "checkpoints")
+        store = LocalStore(folder / "checkpoints")
+        return config, manifest, store.root / import_run(Path(config.import_checkpoint), config, manifest, store)
 
 
 def expected_row(step: dict[str, Any]) -> dict[str, float]:

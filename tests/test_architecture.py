@@ -118,9 +118,10 @@ OPTIONS = """
     --data.on-corrupt --data.max-corrupt --data.cache-dir --data.cache-gb
     --optim.lr --optim.weight-decay --optim.beta1 --optim.beta2 --optim.eps --optim.warmup-steps --optim.grad-clip
     --train.max-steps --train.seed --train.precision --train.log-every --train.save-every --train.keep-last
-    --train.milestones --train.ratio-window
-    --scale.workers --scale.device --scale.cpus-per-worker --scale.max-failures
-    --log.wandb-project --log.wandb
+    --train.milestones --train.ratio-window --train.checkpoint-dir --train.max-skipped
+    --scale.workers --scale.device --scale.cpus-per-worker --scale.max-failures --scale.hang-s
+    --scale.min-workers
+    --log.wandb-project --log.wandb --log.samples --log.no-samples
 """.split()  # noqa: SIM905  (a list is four times as long)
 
 

@@ -18,8 +18,10 @@ from fvlm.data.schema import FORMAT_VERSION, ShardFile
 from fvlm.data.shards import write_manifest
 from fvlm.errors import UserError
 from fvlm.files import sha256_file
+from fvlm.train.resume import Choice
 from fvlm.train.run_folder import CHECKPOINTS, CONFIG, exclusive
 from fvlm.train.state import MODEL
+from fvlm.train.store import checkpoint_store
 from ray_jobs import train
 from ray_jobs.cli import run_command
 from ray_jobs.options import parse
@@ -238,7 +240,7 @@ def begun(good: Path, tmp_path: Path) -> Path:
     """A run folder with a checkpoint of step 0."""
     config = parse(arguments(good, tmp_path / "runs"))
     manifest = train.prepare_run(config)
-    run = make_run(config, manifest, torch.device("cpu"), None)
+    run = make_run(config, manifest, torch.device("cpu"), checkpoint_store(config), Choice(None, 0, 0, ()))
     for parameter in (p for group in run.optimizer.param_groups for p in group["params"]):
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()  # so that there are moments
@@ -272,7 +274,8 @@ def restore(begun: Path, good: Path, *more: str) -> None:
     manifest = train.prepare_run(config)
     before = tree(begun)
     try:
-        make_run(config, manifest, torch.device("cpu"), begun / CHECKPOINTS / "step-00000000")
+        store = checkpoint_store(config)
+        make_run(config, manifest, torch.device("cpu"), store, Choice("step-00000000", 0, 0, ()))
     finally:
         assert tree(begun) == before
 

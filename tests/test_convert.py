@@ -140,6 +140,7 @@ def test_jpeg_of_the_8_frames_is_verified_by_psnr_now_and_later(cluster: Cluster
 KILLS, SHARDS = 10, 60
 
 
+@pytest.mark.long
 def test_killed_ten_times_it_ends_with_the_bytes_of_an_undisturbed_run(cluster: Cluster, tmp_path: Path) -> None:
     src = tmp_path / "src"
     src.mkdir()

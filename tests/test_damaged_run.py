@@ -94,6 +94,7 @@ def test_more_than_the_limit_stop_the_next_start_before_ray_is_up(replaced):
     assert again.saved_steps() == [STEPS]
 
 
+@pytest.mark.long
 def test_more_than_the_limit_end_a_run_on_two_ranks_with_the_reason(damaged, tmp_path):
     training, code, output = run(
         damaged[0], tmp_path, "limit", data__on_corrupt="replace", data__max_corrupt=0.001, scale__workers=2

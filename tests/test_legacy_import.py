@@ -51,6 +51,7 @@ from fvlm.train.metrics import Clock, Metrics
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.state import checkpoints
 from fvlm.train.step import train_step
+from fvlm.train.store import LocalStore
 from ray_jobs.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,7 +178,7 @@ def test_the_table_names_every_key_of_the_file_and_where_it_went(continued):
 def test_settings_other_than_the_old_runs_are_told(second, tmp_path, capsys):
     options = second.options(tmp_path, second.latest)
     options += ["--optim.lr", "1e-4", "--optim.beta2", "0.95", "--objective.fine-iterations", "2"]
-    import_run(second.latest, parse(options), read_manifest(second.folder / "data"), tmp_path)
+    import_run(second.latest, parse(options), read_manifest(second.folder / "data"), LocalStore(tmp_path))
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE")]
     assert len(notes) == 3
     assert any("optim.lr: 0.0005 there, 0.0001 here" in note for note in notes)
@@ -348,12 +349,13 @@ from pathlib import Path
 from fvlm.convert.legacy_checkpoint import import_run
 from fvlm.data.shards import read_manifest
 from fvlm.model.hub import build_model
+from fvlm.train.store import LocalStore
 from ray_jobs.options import parse
 config, manifest = parse(sys.argv[2:]), read_manifest(sys.argv[1])
 build_model(config.model, manifest.spec.latent_shape, 0, pretrained=False)  # what it imports is no part of the import
 print("ready", flush=True)
 sys.stdin.readline()
-import_run(Path(config.import_checkpoint), config, manifest, Path(config.runs_dir))
+import_run(Path(config.import_checkpoint), config, manifest, LocalStore(Path(config.runs_dir)))
 """
 
 

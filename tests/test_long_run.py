@@ -58,6 +58,7 @@ def stored_bytes() -> float:
     return float(store().object_store_bytes_used)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_memory_shared_memory_and_open_files_stay_flat_over_100_epochs_and_nothing_is_spilled(tmp_path):
     manifest = write_dataset(tmp_path, clips=24, stored_frames=2, frame_size=128)

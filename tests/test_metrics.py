@@ -10,7 +10,8 @@ import torch
 
 from fvlm.train import metrics as metrics_module
 from fvlm.train.metrics import Clock, Metrics, duration, log_line
-from fvlm.train.sinks import METRICS, TRAIN_LOG, JsonLines, TrainLog, kept_lines
+from fvlm.train.sinks import METRICS, TRAIN_LOG, JsonLines, TrainLog
+from fvlm.train.step_lines import kept_lines
 
 LATEST = {
     "step": 1250.0, "train/epoch": 2.5, "train/step_time": 0.25, "train/clips_per_s": 64.0, "train/data_wait": 0.031,

@@ -111,6 +111,7 @@ def test_real_videos_give_8_clips_and_6_counted_rejects(shared_videos: Path, rea
     assert np.abs(stored[list(kept).index("bikes.mp4"), 0].astype(int) - shown[-1]).mean() < 4
 
 
+@pytest.mark.long
 def test_twenty_steps_on_the_real_clips_lower_the_caption_loss(real: Done, tmp_path: Path) -> None:
     options = "--data.frame-size 256 --data.num-frames 4 --data.global-batch 4 --data.lanes 4 --train.max-steps 20"
     more = ["--data.path", str(real[0]), "--runs-dir", str(tmp_path), "--log.wandb", "off", *options.split()]

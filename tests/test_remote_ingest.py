@@ -228,6 +228,7 @@ def test_no_command_mangles_a_uri_or_takes_a_secret_in_it(monkeypatch) -> None:
     assert "hush" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_training_on_a_remote_dataset_from_the_first_step_to_the_last(proxy, options, tmp_path) -> None:
     flaky = proxy(seed=6, s500=0.1, s503=0.1)
     command = [sys.executable, "-m", "ray_jobs.train", *options(flaky, "set"), "--data.cache-dir", "cache"]

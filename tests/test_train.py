@@ -52,11 +52,13 @@ class Training:
 
     def command(self) -> list[str]:
         options = {"data.path": self.data, "runs-dir": self.runs, "run": self.name} | OPTIONS | self.changes
-        given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        given = [
+            word for key, value in options.items() for word in (f"--{key}", *([] if value is True else [str(value)]))
+        ]
         return [sys.executable, "-m", "ray_jobs.train", "demo", *given]
 
-    def start(self) -> subprocess.Popen[str]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))}
+    def start(self, **environment: str) -> subprocess.Popen[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))} | environment
         return subprocess.Popen(
             self.command(), cwd=ROOT, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

@@ -24,7 +24,11 @@ if [[ -x $venv/bin/ray ]]; then PATH=$venv/bin:$PATH; fi # jobs run the `python`
 command -v ray > /dev/null || fail "there is no \`ray\` on the PATH. Activate the environment that the project is installed in."
 if [[ -f $pid_file ]] && grep -qsaF -- "--temp-dir=$temp" "/proc/$(< "$pid_file")/cmdline"; then
     fail "the cluster of $dir is running already (process $(< "$pid_file")). Stop it with $(dirname "$0")/stop.sh first."
+elif [[ -f $pid_file ]]; then
+    "$(dirname "$0")/stop.sh" # it died: what is left of it keeps its ports
 fi
+# Ray keeps the folders of all its sessions; the last one, with its logs, is enough.
+if [[ -d $temp ]]; then find "$temp" -maxdepth 1 -name 'session_2*' -type d | sort | head -n -1 | xargs -r -d '\n' rm -rf; fi
 
 for port in "${url##*:}" "$metrics" $(seq "$base" $((base + 6))); do
     if (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
@@ -39,6 +43,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token RAY_USAGE_STATS_ENABLE
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # its only effect on Linux: 127.0.0.1 is used as it is
 export RAY_free_objects_batch_size=1 # or what training has dropped lies in the object store for another second
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # stop means now: checkpoints are on disk already
+export RAY_JOB_STOP_WAIT_TIME_S=30 # of 3: `ray job stop` lets a job finish its step and save before it is killed
 
 # A session of its own: it outlives this terminal, and stop.sh can tell its processes from any other cluster's.
 setsid ray start --head --block --temp-dir="$temp" --node-ip-address=127.0.0.1 --port="$base" \

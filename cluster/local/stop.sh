@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Ends the cluster that start.sh started with this FVLM_CLUSTER_DIR, and nothing else (`ray stop` would end every
 # Ray cluster on the machine). A run that was training goes on from its last checkpoint when it is submitted again.
+# shellcheck disable=SC2086 # $left is a list of numbers
 set -euo pipefail
 
 dir=${FVLM_CLUSTER_DIR:-$HOME/.fvlm-cluster}
@@ -17,13 +18,14 @@ members() {
     done
 }
 
-left=$(members)
+left=$(members) patience=30
 if grep -qx "$leader" <<< "$left"; then
     kill -TERM "$leader" # `ray start` ends its processes in the right order
 elif [[ $left ]]; then
     kill -TERM $left || true # what a killed `ray start` left; some end by themselves
+    patience=3
 fi
-for ((i = 0; i < 60; i++)); do
+for ((i = 0; i < 2 * patience; i++)); do
     left=$(members)
     [[ $left ]] || break
     sleep 0.5

@@ -9,6 +9,7 @@ shape is an error. Nothing is guessed, and no code in the file is run.
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import sys
@@ -28,10 +29,11 @@ from fvlm.data.schema import Manifest
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.hub import build_model
-from fvlm.train.loop import run_state
 from fvlm.train.metrics import RATIOS, Metrics
 from fvlm.train.optim import freeze_unreached
-from fvlm.train.state import random_generators, write_checkpoint
+from fvlm.train.run_state import RunState
+from fvlm.train.state import Contents, random_generators
+from fvlm.train.store import CheckpointStore, LocalStore
 
 # DINOv2 as transformers 4 named it -> as transformers 5 does. Everything else kept its name.
 _RENAMED = (
@@ -125,8 +127,8 @@ def read_legacy_checkpoint(path: Path, model: FoveatedVLM, config: Config) -> Le
     )  # fmt: skip
 
 
-def import_run(path: Path, config: Config, manifest: Manifest, root: Path) -> Path:
-    """Begin a run from `path`: write its state as a checkpoint of ours in `root`, and print where every key went.
+def import_run(path: Path, config: Config, manifest: Manifest, store: CheckpointStore) -> str:
+    """Begin a run from `path`: write its state to `store`, print where every key went, and return the name.
 
     The plan starts a fresh epoch at the imported step. Weights and moments go from file to file, never all in memory.
     """
@@ -134,8 +136,9 @@ def import_run(path: Path, config: Config, manifest: Manifest, root: Path) -> Pa
     print(legacy.describe(path), flush=True)
     plan = Plan.of_config(manifest, config, origin=legacy.step)
     metrics = Metrics(config.train.ratio_window)
-    metrics.load_state_dict({"windows": dict.fromkeys(RATIOS, ()), "latest": legacy.metrics})
-    return _write(legacy, root, config.train.seed, run_state(config, plan, metrics, trained_s=0.0))
+    metrics.load_state_dict({"windows": {name: [] for name in RATIOS}, "latest": legacy.metrics, "best": {}})
+    state = RunState.of(config, plan, metrics, trained_s=0.0, step=legacy.step)
+    return _write(legacy, store, config.train.seed, state.to_dict())
 
 
 def _skeleton(config: Config, latent_shape: tuple[int, int, int]) -> FoveatedVLM:
@@ -146,9 +149,12 @@ def _skeleton(config: Config, latent_shape: tuple[int, int, int]) -> FoveatedVLM
     return model
 
 
-def _write(legacy: LegacyCheckpoint, root: Path, seed: int, state: dict[str, Any]) -> Path:
+def _write(legacy: LegacyCheckpoint, store: CheckpointStore, seed: int, state: dict[str, Any]) -> str:
     torch.manual_seed(seed)  # the file has no random state; nothing in a step draws from it
-    return write_checkpoint(root, legacy.step, legacy.model, legacy.optimizer | random_generators(), state)
+    moments = legacy.optimizer | random_generators()
+    contents = Contents(legacy.step, legacy.model, moments, json.dumps(state))
+    store.write(contents)
+    return contents.name
 
 
 def our_name(key: str) -> str:
@@ -327,7 +333,8 @@ def main() -> None:
     latent_shape = tuple(raw["model_state_dict"]["z_vae_init"].shape[1:])
     legacy = read_legacy_checkpoint(look.checkpoint, _skeleton(look.config, latent_shape), look.config)
     print(legacy.describe(look.checkpoint))
-    print(f"written: {_write(legacy, look.out, look.config.train.seed, {'config': look.config.to_dict()})}")
+    name = _write(legacy, LocalStore(look.out), look.config.train.seed, {"config": look.config.to_dict()})
+    print(f"written: {look.out / name}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from fvlm.errors import UserError
 
 MB = 1_000_000
 UNITS = {"MB": MB, "GB": 1000 * MB, "MIB": 1 << 20, "GIB": 1 << 30}
-AUTO_A_RANK = 1000 * MB
+AUTO_A_RANK = 1300 * MB
 AUTO_OF_MACHINE = 0.25
 """`auto`: AUTO_A_RANK for every rank, at most this share of the machine."""
 LARGEST_BLOCK = 64 * MB

@@ -1,4 +1,6 @@
-"""Where a dataset lies: a folder, or anything that pyarrow.fs opens (s3://, gs://, ...). Reading only.
+"""Where files lie: a folder, or anything that pyarrow.fs opens (s3://, gs://, ...).
+
+A local folder is only read here; `fvlm/files.py` writes to it, in ways that an object store has not.
 
 A remote request is retried here and nowhere else (`fvlm/data/retries.py`): the S3 client's own retries are off, since
 they can be neither counted nor logged. They stay on for the listing alone, which is one call of many requests.
@@ -6,9 +8,11 @@ they can be neither counted nor logged. They stay on for the listing alone, whic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +146,54 @@ class Storage:
             raise _unreadable(where, error) from error
         return {info.base_name: info.size for info in found if info.is_file}
 
+    def tree(self) -> dict[str, int]:
+        """Bytes of every file under a remote root, by its path below it; none where there is no such root.
+
+        Raises UserError.
+        """
+        files, base = _connect(self, listing=True)
+        selector = pa.fs.FileSelector(base, allow_not_found=True, recursive=True)
+        found = persist(
+            lambda: files.get_file_info(selector), "listing it", self.locate(), self.patience, LISTING_LIMIT_S
+        )
+        return {info.path.removeprefix(f"{base}/"): info.size for info in found if info.is_file}
+
+    def download(self, name: str, to: Path) -> None:
+        """Copy remote file `name` to `to`. Raises as `open` does."""
+        with self.open(name) as file, to.open("wb") as out:
+            ranges = pieces(0, file.size())
+            for first in range(0, len(ranges), PARALLEL_REQUESTS):
+                for piece in self.read_ranges(name, file, ranges[first : first + PARALLEL_REQUESTS]):
+                    out.write(piece.data)
+
+    def write(self, name: str, content: Callable[[], Iterable[bytes | memoryview]], size: int) -> None:
+        """Make or replace remote file `name`. Each attempt asks for `content` anew, `size` bytes in all.
+
+        A file may be there in part after an attempt that failed: what vouches for it has to be written after it.
+        Raises UserError.
+        """
+        files, base = _connect(self)
+
+        def upload() -> None:
+            _upload(files, f"{base}/{name}", content())
+            found = self._persist(lambda: files.get_file_info(f"{base}/{name}"), "asking for it", self.locate(name))
+            if found.size != size:
+                raise OSError(f"the store has {found.size} bytes of it")
+
+        # No deadline besides the client's own for silence: an attempt that was given up could not be kept from ending
+        # later, and from laying what it read by then over a better file.
+        persist(upload, f"writing {size} bytes", self.locate(name), self.patience, threading.TIMEOUT_MAX)
+
+    def remove(self, name: str) -> None:
+        """Delete remote file `name`; it need not be there. Raises UserError."""
+        files, base = _connect(self)
+        with contextlib.suppress(FileNotFoundError):  # also what the second attempt finds, where the first did it
+            # No deadline, for the reason that `write` gives.
+            where = self.locate(name)
+            persist(
+                lambda: files.delete_file(f"{base}/{name}"), "deleting it", where, self.patience, threading.TIMEOUT_MAX
+            )
+
     def _persist(self, action: Callable[[], T], what: str, where: str, size: int = 0) -> T:
         return persist(action, what, where, self.patience, self.patience.deadline_s(size))
 
@@ -188,6 +240,19 @@ def _read_exactly(file: pa.NativeFile, start: int, size: int) -> np.ndarray:
     if got != size or (size and buffer[size - len(guard) :].tobytes() == guard):
         raise OSError(f"short body: fewer than the {size} bytes asked for came")
     return buffer
+
+
+def _upload(files: pa.fs.FileSystem, path: str, content: Iterable[bytes | memoryview]) -> None:
+    """One attempt. Raises OSError."""
+    stream = files.open_output_stream(path)
+    try:
+        for piece in content:
+            stream.write(piece)
+    except OSError:
+        with contextlib.suppress(OSError):
+            stream.close()  # the attempt has failed already; what it leaves is not vouched for
+        raise
+    stream.close()
 
 
 @functools.lru_cache(maxsize=8)

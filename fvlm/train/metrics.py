@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fvlm.errors import UserError
 from fvlm.train.step import Scalars
 
 Row = dict[str, float]
@@ -56,12 +57,18 @@ class Clock:
 
 
 class Metrics:
-    """Collects scalars on the device and reads them all at once, every `log_every` steps."""
+    """Collects scalars on the device and reads them all at once, every `log_every` steps.
+
+    caption/ratio_avg, recon/ratio_avg    mean of the last `ratio_window` readings
+    caption/ratio_best, recon/ratio_best  the highest such mean so far; only means of a full window count, or the first
+                                          readings of an untrained model would
+    """
 
     def __init__(self, ratio_window: int):
         self._pending: list[tuple[int, Scalars]] = []
         self._windows = {name: collections.deque[float](maxlen=ratio_window) for name in RATIOS}
         self._latest: Row = {}
+        self._best: dict[str, Row] = {}
 
     def add(self, step: int, scalars: Scalars) -> None:
         self._pending.append((step, scalars))
@@ -79,7 +86,7 @@ class Metrics:
                 if name in row and math.isfinite(row[name]):
                     window.append(row[name])
                 if name in row and window:
-                    row[f"{name}_avg"] = sum(window) / len(window)
+                    row |= self._averages(name, step)
             self._latest |= row
             rows.append(row)
         self._pending.clear()
@@ -90,14 +97,66 @@ class Metrics:
         """The newest value of every metric; readings stay until the next one."""
         return dict(self._latest)
 
+    def _averages(self, name: str, step: int) -> Row:
+        """What is shown of a ratio that was just read."""
+        window = self._windows[name]
+        average = sum(window) / len(window)
+        if len(window) == window.maxlen and (name not in self._best or average > self._best[name]["value"]):
+            self._best[name] = {"value": average, "step": step}
+        best = {f"{name}_best": self._best[name]["value"]} if name in self._best else {}
+        return {f"{name}_avg": average} | best
+
     def state_dict(self) -> dict[str, Any]:
-        return {"windows": {name: list(window) for name, window in self._windows.items()}, "latest": self._latest}
+        """Copies of everything that later rows depend on. Raises ValueError while there are scalars to be read."""
+        if self._pending:
+            raise ValueError("metrics: drain() comes before state_dict(), or the steps since the last one are lost")
+        return {
+            "windows": {name: list(window) for name, window in self._windows.items()},
+            "latest": dict(self._latest),
+            "best": {name: dict(best) for name, best in self._best.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError that names the key which is missing, foreign or of another kind; nothing has changed then.
+
+        Of a window that was longer than ours the newest readings stay.
+        """
+        require_keys("metrics", state, {"windows", "latest", "best"})
+        require_keys("metrics.windows", state["windows"], set(self._windows))
+        for name, readings in state["windows"].items():
+            if not isinstance(readings, list) or not all(isinstance(value, float) for value in readings):
+                raise UserError(f"metrics.windows.{name} is not a list of floats")
+        require_numbers("metrics.latest", state["latest"])
+        if foreign := set(require_object("metrics.best", state["best"])) - set(self._windows):
+            raise UserError(f"metrics.best: foreign keys {sorted(foreign)}")
+        for name, best in state["best"].items():
+            require_keys(f"metrics.best.{name}", best, {"value", "step"})
+            require_numbers(f"metrics.best.{name}", best)
         for name, window in self._windows.items():
             window.clear()
             window.extend(state["windows"][name])
         self._latest = dict(state["latest"])
+        self._best = {name: dict(best) for name, best in state["best"].items()}
+
+
+def require_object(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {value!r:.60}, not an object")
+    return value
+
+
+def require_keys(where: str, value: Any, wanted: set[str]) -> None:
+    """Raises UserError unless `value` is an object of exactly these keys."""
+    if require_object(where, value).keys() != wanted:
+        missing, foreign = sorted(wanted - value.keys()), sorted(value.keys() - wanted)
+        raise UserError(f"{where}: missing keys {missing}, foreign keys {foreign}")
+
+
+def require_numbers(where: str, value: Any) -> None:
+    """Raises UserError unless `value` is an object whose values are all numbers."""
+    for key, number in require_object(where, value).items():
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise UserError(f"{where}.{key} is {number!r:.60}, not a number")
 
 
 def log_line(latest: Row, max_steps: int) -> str:

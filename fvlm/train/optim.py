@@ -25,7 +25,10 @@ def freeze_unreached(model: FoveatedVLM, config: Config) -> None:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """One group: weight decay on everything, as the experiment has always run (biases and norms included)."""
+    """One group: weight decay on everything, as the experiment has always run (biases and norms included).
+
+    Fused on a CPU too: only that kind can leave a step out without asking the host (`update`).
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         parameters,
@@ -33,9 +36,18 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=parameters[0].is_cuda,
-        foreach=not parameters[0].is_cuda,
+        fused=True,
     )
+
+
+def update(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
+    """One step of the optimizer, or none at all where `skip` is 1: parameters, moments and counters stay, bit for bit.
+
+    skip: float32 scalar on the device of the parameters, 0 or 1. Nobody reads it on the host: a fused AdamW looks at
+    `found_inf` in its kernels, which is how torch's own GradScaler leaves a step out.
+    """
+    optimizer.found_inf = skip  # type: ignore[attr-defined]  # an attribute that torch's classes look for
+    optimizer.step()
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:

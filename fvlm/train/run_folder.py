@@ -1,7 +1,9 @@
 """The run folder: everything one run is and knows.
 
-config.json  the whole config, and the fingerprint of the dataset, as the run began
-tokenizer/   train.log   metrics.jsonl   wandb_id   wandb/   checkpoints/
+config.json   the whole config, and the fingerprint of the dataset, as the run began
+command.json  the options of its last start      held          it was stopped on purpose
+lock, claim   who trains it, who may write       stacks/       of ranks that hung, until the next start
+tokenizer/    train.log   metrics.jsonl   skipped.jsonl   corrupt.jsonl   samples/   wandb_id   wandb/   checkpoints/
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,16 @@ from fvlm.data.schema import Manifest
 from fvlm.errors import UserError
 from fvlm.files import write_atomic
 from fvlm.train.state import checkpoints, step_of
+from fvlm.train.store import CHECKPOINTS
 
-CONFIG, TOKENIZER, CHECKPOINTS, LOCK = "config.json", "tokenizer", "checkpoints", "lock"
+CONFIG, TOKENIZER, LOCK, CLAIM = "config.json", "tokenizer", "lock", "claim"
 
 
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Hold the run for this process alone, as long as it lives: the kernel lets go when it is killed.
+    """Hold the run for this command alone, as long as it lives: the kernel lets go when it is killed.
 
-    Raises UserError when another process holds it.
+    Raises UserError when another one holds it.
     """
     with (run_dir / LOCK).open("w") as lock:
         try:
@@ -36,6 +40,23 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                 f"{run_dir}: this run is being trained by another process. Wait for it, stop it, or use another --run."
             ) from error
         yield
+
+
+class Claim:
+    """The right to write checkpoints: the newest claim on a run has it.
+
+    A rank 0 can outlive its start: its command was killed a moment ago, or its node is cut off and does not know that
+    training goes on elsewhere. It must not write any more, and nobody can wait for it.
+    """
+
+    def __init__(self, run_dir: Path):
+        self._path, self._token = run_dir / CLAIM, secrets.token_hex(8)
+        write_atomic(self._path, self._token)
+
+    def require(self) -> None:
+        """Raises RuntimeError when another process has claimed the run since."""
+        if self._path.read_text() != self._token:
+            raise RuntimeError(f"{self._path.parent}: another process has taken this run over; this one may not write")
 
 
 def open_run(config: Config, manifest: Manifest) -> Path:
@@ -81,11 +102,12 @@ def read_began(run_dir: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None before the first."""
+    """The newest checkpoint in the run's own folder, by its name; None without one."""
     found = checkpoints(run_dir / CHECKPOINTS)
     return found[-1] if found else None
 
 
 def finished_steps(run_dir: Path) -> int:
+    """Of that checkpoint. Where checkpoints lie elsewhere (train.checkpoint_dir): `store.newest_step`."""
     latest = latest_checkpoint(run_dir)
     return step_of(latest) if latest else 0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fvlm.config import Config
-from fvlm.files import write_atomic
+from fvlm.files import no_space_is_a_user_error, write_atomic
 from fvlm.train.metrics import Row, log_line
+from fvlm.train.step_lines import StepLines
 
 TRAIN_LOG, METRICS, WANDB_ID = "train.log", "metrics.jsonl", "wandb_id"
 
@@ -28,51 +29,40 @@ class TrainLog:
     """train.log: one line every `log_every` steps, whole lines only, never a carriage return."""
 
     def __init__(self, run_dir: Path, max_steps: int):
-        self._file = (run_dir / TRAIN_LOG).open("a", buffering=1)
+        self._path = run_dir / TRAIN_LOG
+        self._file = self._path.open("a", buffering=1)
         self._max_steps = max_steps
 
     def write(self, rows: list[Row], latest: Row) -> None:
         self.note(log_line(latest, self._max_steps))
 
     def note(self, text: str) -> None:
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        with no_space_is_a_user_error(self._path):
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def close(self) -> None:
         self._file.close()
 
 
 class JsonLines:
-    """metrics.jsonl: one object a step. Opening it at step s drops what a lost process wrote after s."""
+    """metrics.jsonl: one object a step. Opening it at step s drops what a lost process wrote after s.
+
+    A value that is no number (a loss that was not finite) is null: JSON has neither NaN nor infinity.
+    """
 
     def __init__(self, run_dir: Path, step: int):
-        path = run_dir / METRICS
-        if path.exists():
-            write_atomic(path, "".join(kept_lines(path, step)))
-        self._file = path.open("a", buffering=1)
+        self._lines = StepLines(run_dir / METRICS, step)
 
     def write(self, rows: list[Row], latest: Row) -> None:
-        self._file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._lines.append(
+            {name: value if math.isfinite(value) else None for name, value in row.items()} for row in rows
+        )
 
     def note(self, text: str) -> None:
         """Notes are for people; this file is for programs."""
 
     def close(self) -> None:
-        self._file.close()
-
-
-def kept_lines(path: Path, step: int) -> list[str]:
-    """The whole lines of a metrics.jsonl up to `step`. A line that was cut by a crash is not whole, and the last."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] <= step and line.endswith("\n"):
-            kept.append(line)
-    return kept
+        self._lines.close()
 
 
 class Wandb:

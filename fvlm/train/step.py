@@ -8,7 +8,7 @@ from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.objective import Losses, compute_losses
-from fvlm.train.optim import average_gradients, learning_rate
+from fvlm.train.optim import average_gradients, learning_rate, update
 
 Scalars = dict[str, torch.Tensor]
 """Metrics of one step, still on the device: reading one would make the host wait for the step."""
@@ -26,6 +26,9 @@ def train_step(
 
     `batch` is on the model's device. `step` counts from 0; it sets the learning rate and whether the losses of the
     coarse tokens are read.
+
+    A step whose loss or gradient norm is not finite changes nothing and has `train/skipped` 1. Both are global values,
+    so all ranks decide alike, each on its device.
     """
     device = model.q_static.device
     for group in optimizer.param_groups:
@@ -36,9 +39,11 @@ def train_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip)
-    optimizer.step()
+    out = scalars(losses, config.objective.lambda_recon) | {"train/grad_norm": norm.detach()}
+    out["train/skipped"] = 1 - (out["train/loss"].isfinite() & out["train/grad_norm"].isfinite()).float()
+    update(optimizer, out["train/skipped"])
     optimizer.zero_grad(set_to_none=True)
-    return scalars(losses, config.objective.lambda_recon) | {"train/grad_norm": norm.detach()}
+    return out
 
 
 @torch.no_grad()

@@ -1,0 +1,129 @@
+"""The hook that saves: a snapshot in the training thread, all the rest in another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Self
+
+from fvlm.train.loop import Run, is_save_step
+from fvlm.train.metrics import Row
+from fvlm.train.snapshot import Snapshot, Snapshots
+from fvlm.train.step import Scalars
+from fvlm.train.store import CheckpointStore, prune
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is safe."""
+
+    name: str
+    step: int
+    stall_s: float
+    """How long training was held for it."""
+    write_s: float
+
+
+class Saver:
+    """Every `save_every` steps and at the end, a checkpoint: taken at once, written while training goes on.
+
+    For rank 0 alone. At most one is being written: the next waits for it, which counts as time that training was held.
+    What a person should know goes to `note`, always from the training thread. Put it after the hook that reads the
+    metrics, and use it in a `with` block: leaving that waits for the write in flight. What the writer ran into is
+    raised by the next step, or there (UserError: a full disk).
+    """
+
+    def __init__(self, run: Run, store: CheckpointStore, note: Callable[[str], None]):
+        self._run, self._store, self._note = run, store, note
+        self._snapshots = Snapshots(run.model, run.optimizer)
+        self._writing: Future[Saved] | None = None
+        self._newest = run.step
+        self._news: Row = {}
+
+    def after_step(self, step: int, scalars: Scalars) -> None:
+        self._collect(wait=False)
+        if is_save_step(step, self._run.config):
+            self._begin(step)
+        elif not self._snapshots.reserve():
+            return
+        if step == self._run.config.train.max_steps:
+            self.close()
+        self._run.clock.resume()  # a pause is not training time
+
+    def save_now(self) -> None:
+        """A checkpoint of this very step, whatever `save_every` says; safe when this returns.
+
+        For a run that was asked to stop. All metrics must have been read (`Logger.flush`, on every rank).
+        """
+        if self._newest != self._run.step:
+            self._begin(self._run.step)
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the write in flight. Raises what it ran into."""
+        self._collect(wait=True)
+
+    def lap(self) -> Row:
+        """News since the last call; empty when there are none.
+
+        checkpoint/step      of the newest checkpoint that is safe
+        checkpoint/stall_ms  how long training was held for it
+        checkpoint/write_s   from then until it was safe
+        """
+        news, self._news = self._news, {}
+        return news
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            self.close()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"Besides, the last checkpoint failed: {failed}")
+
+    def _begin(self, step: int) -> None:
+        begin = time.perf_counter()
+        self._collect(wait=True)
+        snapshot = self._snapshots.take(step, self._run.state_dict())
+        self._newest = step
+        stall_s = time.perf_counter() - begin
+        future: Future[Saved] = Future()
+
+        def write() -> None:
+            try:
+                future.set_result(self._write(snapshot, stall_s))
+            except BaseException as error:  # noqa: BLE001  raised in the training thread
+                future.set_exception(error)
+
+        # A daemon: a disk that hangs must not keep a process that was told to end from ending.
+        threading.Thread(target=write, daemon=True, name="checkpoint-writer").start()
+        self._writing = future
+
+    def _write(self, snapshot: Snapshot, stall_s: float) -> Saved:
+        """In the writer's thread."""
+        begin = time.perf_counter()
+        contents = snapshot.contents()
+        self._store.write(contents)
+        saved = Saved(contents.name, contents.step, stall_s, time.perf_counter() - begin)
+        train = self._run.config.train
+        prune(self._store, contents.step, train.keep_last, train.milestones)
+        return saved
+
+    def _collect(self, wait: bool) -> None:
+        """Take note of a write that is over."""
+        if self._writing is None or not (wait or self._writing.done()):
+            return
+        future, self._writing = self._writing, None
+        saved = future.result()
+        self._news = {
+            "checkpoint/step": float(saved.step),
+            "checkpoint/stall_ms": 1e3 * saved.stall_s,
+            "checkpoint/write_s": saved.write_s,
+        }
+        self._note(f"saved {saved.name} in {saved.write_s:.1f} s; training was held for {1e3 * saved.stall_s:.0f} ms")

@@ -1,0 +1,76 @@
+"""The command line of a run, as its folder remembers it: `command.json`, written at every start. The last one wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from fvlm.config import Config
+from fvlm.data.storage import is_uri
+from fvlm.errors import UserError
+from fvlm.files import fsync_dir, write_atomic
+
+COMMAND = "command.json"
+HELD = "held"
+"""An empty file of the run folder: the run was stopped on purpose, and goes on only when a person starts it."""
+
+
+def absolute(config: Config) -> Config:
+    """The config with paths that mean the same in any folder; a job runs in a temporary copy of the code."""
+    if not config.data.path:
+        raise UserError("--data.path is missing: the folder of a prepared dataset, as the cluster's nodes see it.")
+    path, cache_dir = _absolute(config.data.path), _absolute(config.data.cache_dir)
+    data = dataclasses.replace(config.data, path=path, cache_dir=cache_dir)
+    runs_dir, imported = _absolute(config.runs_dir), _absolute(config.import_checkpoint)
+    return dataclasses.replace(config, data=data, runs_dir=runs_dir, import_checkpoint=imported)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path and not is_uri(path) else path
+
+
+def with_paths(args: list[str], config: Config) -> list[str]:
+    """`args`, and behind them the paths of `config`: a later option overrides an earlier one."""
+    paths = ["--data.path", config.data.path, "--runs-dir", config.runs_dir]
+    if config.data.cache_dir:
+        paths += ["--data.cache-dir", config.data.cache_dir]
+    if config.import_checkpoint:
+        paths += ["--import-checkpoint", config.import_checkpoint]
+    return args if args[-len(paths) :] == paths else [*args, *paths]
+
+
+def remember(config: Config, args: list[str]) -> None:
+    """Write down with what options the run is being started, for `ray_jobs.resume`. Ends a hold: a person wants it.
+
+    args: the options as they were given; relative paths in them are those of this process's folder
+    """
+    content = {"arguments": with_paths(args, absolute(config))}
+    write_atomic(config.run_dir / COMMAND, json.dumps(content, indent=2) + "\n")
+    if (config.run_dir / HELD).exists():
+        release(config.run_dir)
+        print(f"{config.run_name} was held; from this start on `ray_jobs.resume` continues it again", flush=True)
+
+
+def remembered(run_dir: Path) -> list[str] | None:
+    """The options of the run's last start; None when it has none written down. Raises UserError for a damaged file."""
+    path = run_dir / COMMAND
+    if not path.exists():
+        return None
+    try:
+        args = json.loads(path.read_bytes())["arguments"]
+        if not isinstance(args, list) or not all(isinstance(arg, str) for arg in args):
+            raise TypeError("arguments are not a list of strings")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}). Start the run once by hand; that writes it anew.") from error
+    return args
+
+
+def hold(run_dir: Path) -> None:
+    """Keep the run from being started by `ray_jobs.resume`."""
+    write_atomic(run_dir / HELD, "")
+
+
+def release(run_dir: Path) -> None:
+    (run_dir / HELD).unlink(missing_ok=True)
+    fsync_dir(run_dir)

@@ -1,0 +1,54 @@
+"""The actor that all ranks of one start, and the command, share."""
+
+from __future__ import annotations
+
+import asyncio
+
+import ray
+
+from fvlm.data.corrupt import CorruptClip, CorruptList
+
+
+@ray.remote(num_cpus=0)
+class Ledger:
+    """Of one start: why a rank gave up, whether all are to stop, and the one writer of the list of damaged clips."""
+
+    def __init__(self, corrupt: CorruptList) -> None:
+        self._reason: str | None = None
+        self._stop = asyncio.Event()
+        self._nodes: set[str] = set()
+        self._corrupt = corrupt
+        self._news: list[CorruptClip] = []
+        self._replaced = 0
+
+    async def replaced(self, clips: list[CorruptClip]) -> None:
+        """Others stood in for these, on one rank. Raises UserError when too many are damaged."""
+        self._replaced += len(clips)
+        self._news += [clip for clip in clips if self._corrupt.add(clip)]
+
+    async def damage(self) -> tuple[list[CorruptClip], int, int]:
+        """-> clips found damaged since the last call, on any rank; how many are known; how often others stood in."""
+        news, self._news = self._news, []
+        return news, len(self._corrupt.known), self._replaced
+
+    async def record(self, reason: str) -> None:
+        """A rank stopped for this reason, which is the user's to mend: there is no use in another start."""
+        self._reason = self._reason or reason
+
+    async def reason(self) -> str | None:
+        return self._reason
+
+    async def joined(self, node_id: str) -> None:
+        """A rank has begun on this node."""
+        self._nodes.add(node_id)
+
+    async def nodes(self) -> set[str]:
+        return self._nodes
+
+    async def stop(self) -> None:
+        """All ranks are to save after the step that they are at, and to return."""
+        self._stop.set()
+
+    async def stopping(self) -> None:
+        """Returns when `stop` is called."""
+        await self._stop.wait()

@@ -1,0 +1,260 @@
+"""Keeps a run going: one start of its ranks after another, until it is finished, asked to stop, or beyond help.
+
+Ray Train runs one start: it places the ranks, joins them, and reports the first failure (`max_failures=0`). What
+follows is decided here, in one place for a dead rank, a dead controller, a lost node and a cluster that has grown: the
+number of ranks is chosen anew among those that share the lanes evenly, and they begin at the last checkpoint. A start
+that is to end for a good reason (SIGTERM, a node that is drained, room for more ranks) saves at the very step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.train
+from ray._private.state import state as cluster_state
+from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2.api.config import FailureConfig  # what ray.train.FailureConfig is at run time, with its type
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from fvlm.config import Config
+from fvlm.data.corrupt import CorruptList
+from fvlm.data.schema import Manifest
+from fvlm.errors import UserError
+from fvlm.train.store import checkpoint_store, newest_step
+from ray_jobs.ingest import cpus_needed, ingest_memory
+from ray_jobs.ledger import Ledger
+from ray_jobs.process_group import ProcessGroup
+from ray_jobs.rank import train_rank
+
+GLANCE_S, LOOK_S = 0.2, 5.0
+"""How often it is seen whether a start has ended; and whether the cluster has changed."""
+RAY_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # of 2: seconds until a dead rank is noticed
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # then the number of ranks is thought over
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # draining nodes are watched here
+}
+STORAGE = "ray"
+"""Folder, in the run's, that Ray Train wants for its own notes. Nothing in it is ever read again."""
+LINE = 300
+"""Characters of a reason, at most."""
+Failure = ray.train.TrainingFailedError | ray.exceptions.RayError
+
+
+class StopRequest:
+    """SIGTERM (`ray job stop`) and Ctrl-C, for the length of a `with` block: a wish to save and to end.
+
+    A second Ctrl-C ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def keep_training(config: Config, manifest: Manifest, stop: StopRequest, note: Callable[[str], None]) -> int:
+    """-> finished steps. Raises UserError, or the failure after which there was no progress too often.
+
+    note: takes what a person should know of failures and restarts
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_TRAIN.items()})
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    use_gpu = on_gpu(config)
+    store = checkpoint_store(config)
+    done, failures, waits = newest_step(store), 0, 0
+    while done < config.train.max_steps and stop.signal is None:
+        start = Start(config, manifest, ranks_now(config, use_gpu), use_gpu)
+        failure = start.run(stop, note)
+        before, done = done, newest_step(store)
+        if failure is None:
+            continue
+        if no_room(failure):
+            waits += 1
+            if waits == 1:
+                note(f"waiting for {start.world} ranks' place in the cluster")
+            continue
+        failures = 1 if done > before else failures + 1
+        if failures > config.scale.max_failures:
+            raise failure
+        note(f"{summary(failure)}; starting again from step {done}, failure {failures} without a new checkpoint, of "
+             f"{config.scale.max_failures} that are borne")  # fmt: skip
+    return done
+
+
+class Start:
+    """One start of `world` ranks."""
+
+    def __init__(self, config: Config, manifest: Manifest, world: int, use_gpu: bool):
+        self.config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=world))
+        self.manifest, self.world, self.use_gpu = manifest, world, use_gpu
+        self.wanted = config
+        self.failure: BaseException | None = None
+
+    def run(self, stop: StopRequest, note: Callable[[str], None]) -> Failure | None:
+        """Returns when the ranks have ended: None, or what Ray says of their failure. Raises UserError."""
+        corrupt = CorruptList(self.config.run_dir, self.manifest.num_clips, self.config.data.max_corrupt)
+        ledger = Ledger.remote(corrupt)  # type: ignore[attr-defined]
+        thread = threading.Thread(target=self._fit, args=(ledger,), daemon=True)
+        thread.start()
+        told, look_at = False, time.monotonic() + LOOK_S
+        while thread.is_alive():
+            thread.join(GLANCE_S)
+            if told or (stop.signal is None and time.monotonic() < look_at):
+                continue
+            why = "asked to stop" if stop.signal else self._cause_to_move(ledger)
+            look_at = time.monotonic() + LOOK_S
+            if why:
+                note(f"{why}: saving after this step")
+                ledger.stop.remote()
+                told = True
+        return self._outcome(ledger)
+
+    def _fit(self, ledger: Any) -> None:
+        try:
+            self._trainer(ledger).fit()
+        except BaseException as error:  # noqa: BLE001  handed to the thread that waits for it
+            self.failure = error
+
+    def _trainer(self, ledger: Any) -> TorchTrainer:
+        config, memory = self.config, ingest_memory(self.config, self.manifest)
+        storage = config.run_dir / STORAGE
+        shutil.rmtree(storage, ignore_errors=True)
+        return TorchTrainer(
+            train_rank,
+            train_loop_config={"config": config, "manifest": self.manifest, "memory": memory, "ledger": ledger},
+            torch_config=ProcessGroup(),
+            scaling_config=ScalingConfig(
+                num_workers=self.world,
+                use_gpu=self.use_gpu,
+                resources_per_worker={"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {}),
+            ),
+            run_config=RunConfig(
+                name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
+        )
+
+    def _outcome(self, ledger: Any) -> Failure | None:
+        try:
+            reason = ray.get(ledger.reason.remote(), timeout=GLANCE_S * 50)
+        except ray.exceptions.RayError:
+            reason = None  # its process was killed: what it knew will be met again
+        shutil.rmtree(self.config.run_dir / STORAGE, ignore_errors=True)
+        if reason:
+            raise UserError(reason) from self.failure
+        if self.failure is None:
+            return None
+        if not isinstance(self.failure, Failure):
+            raise self.failure
+        release_places()
+        return self.failure
+
+    def _cause_to_move(self, ledger: Any) -> str:
+        """Why the ranks had better be placed anew; '' while there is no reason."""
+        draining = cluster_state.get_draining_nodes()
+        with contextlib.suppress(ray.exceptions.RayError):  # the ledger is gone, and the ranks will fail
+            if draining and draining.keys() & ray.get(ledger.nodes.remote()):
+                return "a node is to be taken away"
+        if self.world < self.wanted.scale.workers:
+            possible = most_ranks(self.wanted, self.use_gpu, nodes(draining))
+            free, more = ray.available_resources(), possible - self.world
+            room = free.get("CPU", 0) >= cpus_needed(self.wanted, max(more, 1))
+            if more > 0 and room and (not self.use_gpu or free.get("GPU", 0) >= more):
+                return f"the cluster has room for {possible} ranks"
+        return ""
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether ranks run on GPUs; "auto": when the cluster has one now."""
+    device = config.scale.device
+    return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def ranks_now(config: Config, use_gpu: bool) -> int:
+    """As many as the cluster has room for, of those that are allowed; the fewest where it has room for none.
+
+    Their request then waits in the cluster, where an autoscaler sees it.
+    """
+    if config.scale.min_workers in (0, config.scale.workers):
+        return config.scale.workers
+    staying = nodes(cluster_state.get_draining_nodes())
+    return most_ranks(config, use_gpu, staying) or min(config.rank_counts)
+
+
+def nodes(draining: Iterable[str]) -> list[dict[str, float]]:
+    """What the nodes have that are there to stay."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in set(draining)]
+
+
+def most_ranks(config: Config, use_gpu: bool, resources: list[dict[str, float]]) -> int:
+    """The largest allowed number of ranks for which nodes with these resources have room; 0 for none."""
+    scale = config.scale
+    each = max(scale.cpus_per_worker, 1e-9)
+    places = sum(
+        int(min(node.get("CPU", 0) // each, node.get("GPU", 0) if use_gpu else node.get("CPU", 0) // each))
+        for node in resources
+    )
+    cpus = sum(node.get("CPU", 0) for node in resources)
+    return max((n for n in config.rank_counts if n <= places and cpus_needed(config, n) <= cpus), default=0)
+
+
+def no_room(failure: BaseException) -> bool:
+    return isinstance(failure, ControllerError) and isinstance(
+        failure.controller_failure, WorkerGroupStartupTimeoutError
+    )
+
+
+def summary(failure: Failure) -> str:
+    """One line: who failed, and the line that says why."""
+    if isinstance(failure, WorkerGroupError) and failure.worker_failures:
+        rank, error = min(failure.worker_failures.items())
+        return f"rank {rank} failed ({reason(error)})"
+    if isinstance(failure, ray.exceptions.RayError):
+        return f"Ray Train's controller died ({reason(failure)})"
+    return reason(failure)
+
+
+def reason(error: BaseException) -> str:
+    """Ray says first what happened; an exception of our own code comes with its traceback, and says so last."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0 if isinstance(error, ray.exceptions.RayError) else -1].strip()[:LINE]}"
+
+
+def release_places() -> None:
+    """Give back what a controller that was killed had reserved for its ranks: Ray keeps it as long as the job lives."""
+    job = ray.get_runtime_context().get_job_id()
+    for identifier, group in ray.util.placement_group_table().items():
+        if group["state"] != "REMOVED" and job_of(identifier) == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identifier))))
+
+
+def job_of(placement_group: str) -> str:
+    """Of the job that made it: the last four bytes of its id."""
+    return placement_group[-8:]
