@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from faulty_store import Proxy, Store
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for the hub fails at once, and alike everywhere
 # Small tensors on one thread: faster than waking a second, and the same sums on every machine.
@@ -26,3 +31,19 @@ def shared_videos(shared_dir: Path) -> Path:
     if not (folder / "captions.csv").is_file():
         pytest.skip(f"no real test videos: {folder} is absent")
     return folder
+
+
+@pytest.fixture
+def proxy(store: Store) -> Iterator[Callable[..., Proxy]]:
+    """Makes proxies with faults (`faulty_store`) to the S3 server that the test file has for its `store`."""
+    from faulty_store import Proxy  # not above: moto takes seconds to import
+
+    made: list[Proxy] = []
+
+    def make(seed: int = 0, **shares: float) -> Proxy:
+        made.append(Proxy(store, seed, **shares))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.go_away()

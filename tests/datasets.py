@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fvlm.data.decode import encode_frame
+from fvlm.data.decode import decode_frame, encode_frame
 from fvlm.data.latents import to_bits
 from fvlm.data.schema import DatasetSpec, EncodedClip, Manifest, ShardFile
 from fvlm.data.shards import ShardWriter, write_manifest
@@ -73,3 +74,10 @@ def write_dataset(
         if bounds[number] < bounds[number + 1]
     ]
     return write_manifest(folder, spec, files, rejected=0)
+
+
+def decode_clips(columns: Sequence[Sequence[bytes | memoryview]], out: np.ndarray, spec: DatasetSpec) -> None:
+    """Decode `columns[t][b]`, the frame t of clip b, into `out` [B, T, H, W, 3]."""
+    for t, column in enumerate(columns):
+        for b, data in enumerate(column):
+            decode_frame(data, out[b, t], spec)

@@ -113,6 +113,18 @@ class Nodes:
         """Whether a process of that title is on the node."""
         return any(title in Path(f"/proc/{pid}/cmdline").read_text() for pid in self.members(node))
 
+    def drain(self, node: int, seconds: int = 120) -> None:
+        """Announce, as a cloud does of a spot machine, that the node will be taken away."""
+        find = f"import ray; ray.init(address={self.head!r}, log_to_driver=False); print(*["
+        find += f"node['NodeID'] for node in ray.nodes() if node['NodeManagerAddress'] == {self.address(node)!r}])"
+        command = self.command(0, sys.executable, "-c", find)
+        name = subprocess.run(command, env=self.env, capture_output=True, text=True, check=True).stdout.split()[-1]
+        drain = [str(RAY), "drain-node", "--address", self.head, "--node-id", name]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command = self.command(0, *drain, *why, "--deadline-remaining-seconds", str(seconds))
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def cut(self, node: int) -> None:
         """Pull the cable."""
         ip("-n", self.hub, "link", "set", f"port{node}", "down")

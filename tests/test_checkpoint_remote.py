@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs
@@ -34,19 +34,6 @@ def store() -> Iterator[Store]:
     store = Store()
     yield store
     store.stop()
-
-
-@pytest.fixture
-def proxy(store: Store) -> Iterator[Callable[..., Proxy]]:
-    made: list[Proxy] = []
-
-    def make(seed: int = 0, **shares: float) -> Proxy:
-        made.append(Proxy(store, seed, **shares))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.go_away()
 
 
 def remote(proxy: Proxy, folder: Path, patience: Patience = QUICK) -> RemoteStore:
@@ -83,7 +70,7 @@ def test_a_run_saves_prunes_and_resumes_to_the_last_bit_over_a_network_that_fail
     assert len(notes) == 4 and newest_step(place) == 7
     other = make_run(tmp_path, seed=9)
     choice = choose_checkpoint(place, other.config.run_dir)
-    assert choice == type(choice)("step-00000007", ())
+    assert choice == type(choice)("step-00000007", 7, 0, ())
     with place.open("step-00000007") as path:
         other.restore(path)
     assert not path.exists()

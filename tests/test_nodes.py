@@ -175,3 +175,18 @@ def test_a_lost_node_is_replaced_by_another_and_a_lost_head_by_the_same_command(
     assert [ranks for _, ranks in starts(training.output)] == [2, 2, 2]
     assert training.losses() == undisturbed.losses()
     assert all(torch.equal(weight, undisturbed.weights()[name]) for name, weight in training.weights().items())
+
+
+def test_ranks_leave_a_node_that_is_drained_without_repeating_a_step(nodes, data, undisturbed, tmp_path):
+    nodes.start(0, CPUS)
+    nodes.start(1, CPUS)
+    training = Training(nodes, data, tmp_path, "drained", {"scale.min-workers": 1})
+    training.start()
+    training.until(lambda: training.step() >= 12)
+    nodes.drain(1)
+    training.until(lambda: "1 x cpu" in training.output)
+    training.finish()
+    assert "a node is to be taken away: saving after this step" in training.output
+    (_, two), (then, one) = starts(training.output)
+    assert (two, one) == (2, 1) and then % SAVE_EVERY
+    assert_close(training, undisturbed)

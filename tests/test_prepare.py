@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import decode_clips
 from ray.exceptions import RayTaskError
 
 from fvlm.data import parts
 from fvlm.data.captions import Captions
-from fvlm.data.decode import decode_clips, even_steps
+from fvlm.data.decode import even_steps
 from fvlm.data.latents import BlockTransform
 from fvlm.data.row_groups import RowGroups
 from fvlm.data.schema import DatasetSpec, frame_column

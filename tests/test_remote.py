@@ -9,7 +9,7 @@ import random
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,19 +43,6 @@ def store(local: Manifest) -> Iterator[Store]:
     store.upload(Path(local.root), "set")
     yield store
     store.stop()
-
-
-@pytest.fixture
-def proxy(store: Store) -> Iterator[Callable[..., Proxy]]:
-    made: list[Proxy] = []
-
-    def make(seed: int = 0, **shares: float) -> Proxy:
-        made.append(Proxy(store, seed, **shares))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.go_away()
 
 
 def over(proxy: Proxy, local: Manifest, patience: Patience = QUICK, cache: RowGroupCache | None = None) -> RowGroups:

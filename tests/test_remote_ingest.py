@@ -59,19 +59,6 @@ def store(local: Manifest) -> Iterator[Store]:
     store.stop()
 
 
-@pytest.fixture
-def proxy(store: Store) -> Iterator[Callable[..., Proxy]]:
-    made: list[Proxy] = []
-
-    def make(seed: int = 0, **shares: float) -> Proxy:
-        made.append(Proxy(store, seed, **shares))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.go_away()
-
-
 def reader_of(manifest: Manifest, cache: RowGroupCache | None = None) -> ClipReader:
     return ClipReader(manifest, plan_of(manifest, GLOBAL_BATCH, LANES, WINDOW), USED, cache)
 

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import decode_clips
 
-from fvlm.data.decode import decode_clips, encode_frame
+from fvlm.data.decode import encode_frame
 from fvlm.data.describe import caption_lengths
 from fvlm.data.plan import Plan
 from fvlm.data.read import BlockReader, ClipReader

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
@@ -45,10 +44,3 @@ def decode_frame(data: bytes | memoryview, out: np.ndarray, spec: DatasetSpec) -
 def even_steps(available: int, wanted: int) -> np.ndarray:
     """[wanted] indices at even steps from the first to the last of `available` frames, rounded down."""
     return np.linspace(0, available - 1, wanted, dtype=int)
-
-
-def decode_clips(columns: Sequence[Sequence[bytes | memoryview]], out: np.ndarray, spec: DatasetSpec) -> None:
-    """Decode `columns[t][b]`, the frame t of clip b, into `out` [B, T, H, W, 3]."""
-    for t, column in enumerate(columns):
-        for b, data in enumerate(column):
-            decode_frame(data, out[b, t], spec)
