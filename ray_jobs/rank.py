@@ -39,6 +39,7 @@ from ray_jobs.cli import user_error
 from ray_jobs.feed import Feed, begun
 from ray_jobs.ingest import rank_batches, share_of_one_rank
 from ray_jobs.report import RayMetrics
+from ray_jobs.startup import StartUp
 
 
 def train_rank(task: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ def train_rank(task: dict[str, Any]) -> None:
     config, manifest, memory, ledger = (task[key] for key in ("config", "manifest", "memory", "ledger"))
     try:
         with contextlib.ExitStack() as cleanup:
-            run_rank(config, manifest, memory, ledger, cleanup)
+            run_rank(config, manifest, memory, ledger, cleanup, StartUp(task["begun"]))
     except Exception as error:
         reason = user_error(error)
         if reason is None:
@@ -57,9 +58,15 @@ def train_rank(task: dict[str, Any]) -> None:
 
 
 def run_rank(
-    config: Config, manifest: Manifest, memory: IngestMemory, ledger: Any, cleanup: contextlib.ExitStack
+    config: Config,
+    manifest: Manifest,
+    memory: IngestMemory,
+    ledger: Any,
+    cleanup: contextlib.ExitStack,
+    start_up: StartUp,
 ) -> None:
     """Build or restore the run's state, join it to the ingest, train until the end or until all are asked to stop."""
+    start_up.passed("until the ranks ran and were joined")
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     ray.get(ledger.joined.remote(ray.get_runtime_context().get_node_id()))
@@ -70,6 +77,7 @@ def run_rank(
         torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
     store = checkpoint_store(config, Claim(run_dir).require) if rank == 0 else checkpoint_store(config)
     choice = told_by_rank_0(lambda: choose_checkpoint(store, run_dir), rank, world)
+    start_up.passed("to choose the checkpoint")
 
     # The ingest takes seconds to start: it does so while the model is built.
     plan = dataclasses.replace(Plan.of_config(manifest, config), origin=choice.origin)
@@ -96,7 +104,10 @@ def run_rank(
         return feed.lap() | (tell_damage(ledger, sinks) | saver.lap() if saver else {})
 
     logger = Logger(run, sinks, samples, lap)
-    hooks: list[Hook] = [logger, *([saver] if saver else []), watch]
+    hooks: list[Hook] = [logger, watch]
+    if saver:
+        hooks += [saver, start_up.tell(sinks[0].note)]
+    start_up.passed("for model and weights")
     train(run, samples.of(on_device(map(collate, feed), device)), hooks, StopAgreement(ledger, world))
     if run.step < steps:
         logger.flush()

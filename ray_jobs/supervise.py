@@ -128,10 +128,12 @@ class Start:
                 continue
             why = "asked to stop" if stop.signal else self._cause_to_move(ledger)
             look_at = time.monotonic() + LOOK_S
-            if why:
+            if why and self._ranks_run(ledger):
                 note(f"{why}: saving after this step")
                 ledger.stop.remote()
                 told = True
+            elif stop.signal:
+                return None  # the ranks still wait for a place in the cluster: there is nothing to save
         return self._outcome(ledger)
 
     def _fit(self, ledger: Any) -> None:
@@ -146,7 +148,13 @@ class Start:
         shutil.rmtree(storage, ignore_errors=True)
         return TorchTrainer(
             train_rank,
-            train_loop_config={"config": config, "manifest": self.manifest, "memory": memory, "ledger": ledger},
+            train_loop_config={
+                "config": config,
+                "manifest": self.manifest,
+                "memory": memory,
+                "ledger": ledger,
+                "begun": time.time(),
+            },
             torch_config=ProcessGroup(),
             scaling_config=ScalingConfig(
                 num_workers=self.world,
@@ -175,6 +183,11 @@ class Start:
             raise self.failure
         release_places()
         return self.failure
+
+    def _ranks_run(self, ledger: Any) -> bool:
+        with contextlib.suppress(ray.exceptions.RayError):
+            return bool(ray.get(ledger.nodes.remote(), timeout=LOOK_S))
+        return False
 
     def _cause_to_move(self, ledger: Any) -> str:
         """Why the ranks had better be placed anew; '' while there is no reason."""

@@ -62,8 +62,8 @@ def main() -> None:
             check_resources(config, memory, on_gpu(config))
             done = keep_training(config, manifest, stop, TrainLog(run_dir, steps).note)
     if done < steps:
-        print(f"{config.run_name}: stopped at step {done} of {steps}, which is saved. The same command goes on.")
-        sys.exit(128 + (stop.signal or 0))
+        print(f"{config.run_name}: stopped at step {done} of {steps}; the same command goes on there.", flush=True)
+        os._exit(128 + (stop.signal or 0))  # a thread may still wait in Ray for a place: a plain exit would crash on it
     print(f"{config.run_name}: finished {steps} steps. Checkpoint: {store.locate(store.names()[-1])}", flush=True)
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from datasets import write_dataset
 from test_train import STEPS_PER_EPOCH, Training, wait_for
 
 from fvlm.train.run_folder import CHECKPOINTS
 from fvlm.train.state import MODEL, checkpoints
+from ray_jobs.cluster import connect
 
 STEPS, SAVE_EVERY = 36, 10
 CHANGES = {"train.max-steps": STEPS, "train.save-every": SAVE_EVERY, "log.samples": True}
@@ -71,7 +73,7 @@ def test_sigterm_saves_at_that_very_step_and_the_same_command_goes_on_there(data
     assert driver.returncode == 128 + signal.SIGTERM, output
     (last,) = {training.saved_steps()[-1], len(training.rows())}
     assert last > SAVE_EVERY and last % SAVE_EVERY
-    assert f"stopped at step {last} of {STEPS}, which is saved" in output
+    assert f"stopped at step {last} of {STEPS}; the same command goes on there" in output
     # What Ray keeps for itself plays no part, whatever has become of it.
     ray_folder = training.folder / "ray" / "start-1"
     ray_folder.mkdir(parents=True)
@@ -138,3 +140,23 @@ def test_failures_without_progress_end_the_run_with_the_last_reason(data, tmp_pa
     assert driver.returncode == 1, output
     assert output.count("starting again from step 0, failure 1 without a new checkpoint, of 1") == 1, output
     assert "memory" in output
+
+
+def test_a_run_that_waits_for_a_place_in_the_cluster_says_so_and_ends_at_once_when_asked_to(data, tmp_path):
+    with connect(num_cpus=1, object_store_bytes=200 << 20):
+        training = Training(data, tmp_path, "waits", CHANGES | {"scale.cpus-per-worker": 3})
+        driver = training.start(
+            RAY_ADDRESS=ray.get_runtime_context().gcs_address,
+            RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"],
+            RAY_AUTH_MODE="token",
+            RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3",
+        )
+        log = training.folder / "train.log"
+        wait_for(lambda: log.exists() and "waiting for" in log.read_text(), "the line")
+        time.sleep(4)  # it tries again, and does not say so again
+        driver.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        output, _ = driver.communicate(timeout=30)
+        assert driver.returncode == 128 + signal.SIGTERM and time.monotonic() - begin < 10, output
+    assert "1 workers need 4 CPUs, and the cluster has 1" in output
+    assert log.read_text().count("waiting for") == 1 and training.rows() == []

@@ -121,6 +121,7 @@ def test_a_run_writes_every_step_once_and_its_losses_fall(undisturbed):
     assert [row["step"] for row in rows if "caption/ratio" in row] == [1, 6, 11]  # every 5 steps, from the first
     assert training.saved_steps() == [5, 10, 14]
     assert f"step {STEPS}/{STEPS}" in output and "2 clips are left out" in output
+    assert re.search(r"started in \d+\.\d s: \d+\.\d until the ranks ran", output)
 
 
 def test_a_run_says_what_its_ingest_may_hold_and_what_it_did(undisturbed):
