@@ -65,6 +65,7 @@ def weights(training: Training) -> bytes:
     return (checkpoints(training.folder / CHECKPOINTS)[-1] / MODEL).read_bytes()
 
 
+@pytest.mark.long
 def test_sigterm_saves_at_that_very_step_and_the_same_command_goes_on_there(data, undisturbed, tmp_path):
     training = Training(data, tmp_path, "stopped", CHANGES)
     driver = started(training, SAVE_EVERY + 3)

@@ -184,6 +184,7 @@ def feed_test(manifest: Manifest, runs: Path, *options: str, **environment: str)
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_a_slow_step_is_fed_by_a_cluster_of_its_own(monkeypatch, small, tmp_path):
     for name in [name for name in os.environ if name.startswith("RAY_")]:

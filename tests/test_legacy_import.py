@@ -207,6 +207,7 @@ def train(options: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.long
 def test_the_whole_job_goes_on_with_the_old_trainers_numbers_and_imports_only_once(miniature, tmp_path, capsys):
     latest = tmp_path / "latest.pt"
     latest.symlink_to(miniature.latest)

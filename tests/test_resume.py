@@ -401,6 +401,7 @@ def cgroup_of_its_own() -> Path:
         pytest.skip(f"a systemd of the test's own needs rights that are missing here: {error}")
 
 
+@pytest.mark.long
 def test_a_real_systemd_starts_the_cluster_again_when_it_is_killed_and_resumes_after_every_start(tmp_path):
     """With a `ray` that only sleeps and a `ray_jobs.resume` that only takes notes; the test below has the real ones."""
     if not (Path("/lib/systemd/systemd").exists() and shutil.which("dbus-daemon") and shutil.which("unshare")):
@@ -465,6 +466,7 @@ def kill_all(cluster: Cluster) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_after_a_reboot_the_units_own_lines_finish_the_run_with_every_step_once():
     folder = Path(tempfile.mkdtemp(prefix="fvlm-"))  # pytest's own folders are too deep for Ray's sockets
     bare, start = settings(folder)
