@@ -1,6 +1,6 @@
 """What a checkpoint costs: python tests/benchmarks/checkpoint.py [PRESET]
 
-Trains a preset's model on random clips on this device and saves every third step into a folder beside this command:
+Trains a preset's model on random clips on this device and saves every third step into a folder in build/:
 time that training was held, seconds until the checkpoint was safe, and the share of a step's time; medians of ten
 saves. The preset's model is made with random weights.
 """
@@ -33,7 +33,8 @@ SAVES, EVERY = 10, 3
 
 def main(preset: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    Path("build").mkdir(exist_ok=True)  # on the disk of this folder, and not in memory as /tmp may be
+    with tempfile.TemporaryDirectory(dir="build") as folder:
         config = presets.get(preset, runs_dir=folder)
         config = dataclasses.replace(
             config,
