@@ -17,7 +17,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from fvlm.config import Config
 from fvlm.data.storage import is_uri
 from fvlm.errors import UserError
-from fvlm.train.run_folder import CONFIG, LOCK, exclusive, finished_steps
+from fvlm.train.run_folder import CONFIG, LOCK, exclusive
+from fvlm.train.store import checkpoint_store, newest_step
 from ray_jobs.cli import run_command
 from ray_jobs.command import COMMAND, HELD, hold, release, remembered
 from ray_jobs.options import parse
@@ -145,7 +146,7 @@ def examine(folder: Path) -> Unfinished | str:
     config = parse_remembered(folder, args)
     if config.run_dir != folder.resolve():
         return f"left alone: its last start trained {config.run_dir}, so it was copied or moved; start it by hand"
-    steps = finished_steps(folder)
+    steps = newest_step(checkpoint_store(config))
     if steps >= config.train.max_steps:
         return f"finished: {steps} of {config.train.max_steps} steps"
     if (folder / HELD).exists():

@@ -97,7 +97,7 @@ def test_a_dead_controller_costs_the_steps_since_the_last_checkpoint_and_nothing
 
 @pytest.mark.long
 def test_a_rank_that_hangs_leaves_the_stacks_of_all_and_the_run_goes_on(data, undisturbed, tmp_path):
-    """The first of two ranks is stopped, as a dead disk or driver would stop it, so the other waits for it."""
+    """One of two ranks is stopped, as a dead disk or driver would stop it, so the other waits for it."""
     training = Training(data, tmp_path, "hung", CHANGES | {"scale.workers": 2, "scale.hang-s": 8})
     driver = started(training, SAVE_EVERY + 2)
     ranks = [process(driver, "RayTrainWorker", number) for number in (0, 1)]
