@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fvlm.train.step import Scalars
+from fvlm.train.metrics import Scalars
 
 
 class StartUp:

@@ -25,7 +25,7 @@ from fvlm.train.store import checkpoint_store
 from ray_jobs import train
 from ray_jobs.cli import run_command
 from ray_jobs.options import parse
-from ray_jobs.rank import make_run
+from ray_jobs.training import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 
 from fvlm.train.loop import Run, is_save_step
-from fvlm.train.metrics import Row
+from fvlm.train.metrics import Row, Scalars
 from fvlm.train.optim import learning_rate
 from fvlm.train.samples import Samples
 from fvlm.train.sinks import Sink
 from fvlm.train.skipped import SkippedSteps
-from fvlm.train.step import Scalars
 
 
 class Logger:

@@ -14,10 +14,10 @@ from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.data.plan import Plan
 from fvlm.model.foveated import FoveatedVLM
-from fvlm.train.metrics import Clock, Metrics
+from fvlm.train.metrics import Clock, Metrics, Scalars
 from fvlm.train.run_state import RunState
 from fvlm.train.state import STATE, contents_of, open_checkpoint
-from fvlm.train.step import Scalars, train_step
+from fvlm.train.step import train_step
 from fvlm.train.store import LocalStore
 
 

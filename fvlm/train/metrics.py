@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from fvlm.errors import UserError
-from fvlm.train.step import Scalars
 
+Scalars = dict[str, torch.Tensor]
+"""Metrics of one step by name, still on the device: reading one would make the host wait for the step."""
 Row = dict[str, float]
 """Metrics of one step by name, as they go to metrics.jsonl."""
 RATIOS = ("caption/ratio", "recon/ratio")

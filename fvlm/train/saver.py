@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from fvlm.train.loop import Run, is_save_step
-from fvlm.train.metrics import Row
+from fvlm.train.metrics import Row, Scalars
 from fvlm.train.snapshot import Snapshot, Snapshots
-from fvlm.train.step import Scalars
 from fvlm.train.store import CheckpointStore, prune
 
 

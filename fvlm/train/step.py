@@ -8,10 +8,8 @@ from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.objective import Losses, compute_losses
+from fvlm.train.metrics import Scalars
 from fvlm.train.optim import average_gradients, learning_rate, update
-
-Scalars = dict[str, torch.Tensor]
-"""Metrics of one step, still on the device: reading one would make the host wait for the step."""
 
 
 def is_reading(step: int, config: Config) -> bool:

@@ -1,0 +1,160 @@
+"""One rank's training: the state, built or restored, the hooks around the loop, the first and the last lines."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from fvlm.config import Config
+from fvlm.data.collate import Collator
+from fvlm.data.corrupt import CORRUPT
+from fvlm.data.plan import Plan
+from fvlm.data.schema import Manifest
+from fvlm.data.text import CaptionTokenizer, load_tokenizer
+from fvlm.model.hub import build_model
+from fvlm.train.device import on_device
+from fvlm.train.hang import HangWatch, collect_stacks
+from fvlm.train.logger import Logger
+from fvlm.train.loop import Hook, Run, train
+from fvlm.train.metrics import Clock, Metrics, Row
+from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.resume import Choice
+from fvlm.train.run_folder import TOKENIZER
+from fvlm.train.samples import Samples
+from fvlm.train.saver import Saver
+from fvlm.train.sinks import JsonLines, Sink, TrainLog, Wandb
+from fvlm.train.store import CheckpointStore
+from ray_jobs.agreement import StopAgreement
+from ray_jobs.feed import Feed
+from ray_jobs.report import RayMetrics
+from ray_jobs.startup import StartUp
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rank stands among the others, and on what it computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def train_on(
+    place: Place,
+    config: Config,
+    manifest: Manifest,
+    store: CheckpointStore,
+    choice: Choice,
+    feed: Feed,
+    ledger: Any,
+    start_up: StartUp,
+) -> None:
+    """Build or restore the state, and train until the end or until all ranks are asked to stop."""
+    run = make_run(config, manifest, place.device, store, choice)
+    main = place.rank == 0
+    sinks = make_sinks(config, run.step) if main else []
+    if main:
+        announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world)
+    tokens = CaptionTokenizer(
+        load_tokenizer(config.run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos
+    )
+    collate = Collator(manifest.spec, tokens)
+    samples = Samples(config, run.step, place.rank, place.world)
+    with contextlib.ExitStack() as cleanup:
+        saver = cleanup.enter_context(Saver(run, store, sinks[0].note)) if main else None
+        watch = cleanup.enter_context(HangWatch(config, run.step, place.rank, place.world))
+
+        def lap() -> Row:
+            # The other ranks' rows are not written anywhere, and what they asked for the first would not hear of.
+            return feed.lap() | (tell_damage(ledger, sinks) | saver.lap() if saver else {})
+
+        logger = Logger(run, sinks, samples, lap)
+        hooks: list[Hook] = [logger, watch]
+        if saver:
+            hooks += [saver, start_up.tell(sinks[0].note)]
+        start_up.passed("for model and weights")
+        batches = samples.of(on_device(map(collate, feed), place.device))
+        train(run, batches, hooks, StopAgreement(ledger, place.world))
+        if run.step < config.train.max_steps:
+            logger.flush()
+            with watch.long():
+                if saver:
+                    saver.save_now()
+        if main:
+            conclude(run, collate, sinks, int(lap()["ingest/corrupt"]))
+
+
+def conclude(run: Run, collate: Collator, sinks: list[Sink], damaged: int) -> None:
+    """The last lines of a start."""
+    config = run.config
+    end = "finished" if run.step == config.train.max_steps else "stopped after"
+    for sink in sinks:
+        sink.note(f"{end} {run.step} steps in {run.clock.trained_s:.0f} s of training; "
+                  f"rank 0 cut {collate.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip
+        for line in known_damage(config, damaged):
+            sink.note(line)
+        sink.close()
+
+
+def tell_damage(ledger: Any, sinks: list[Sink]) -> Row:
+    """Note the clips that any rank found damaged since the last call.
+
+    ingest/corrupt   clips of the dataset that are known to be damaged, from earlier starts too
+    ingest/replaced  times that another clip stood in for one, on all ranks, since the command was started
+    """
+    found, known, replaced = ray.get(ledger.damage.remote())
+    for clip in found:
+        for sink in sinks:
+            sink.note(f"damaged, clip {clip.replaced_by!r} stands in for it: {clip.error}")
+    return {"ingest/corrupt": float(known), "ingest/replaced": float(replaced)}
+
+
+def known_damage(config: Config, clips: int) -> list[str]:
+    """One line, where there is something to say."""
+    listed = f"listed in {config.run_dir / CORRUPT}"
+    return [f"{clips} clips are known to be damaged, others stand in for them; {listed}"] if clips else []
+
+
+def make_run(config: Config, manifest: Manifest, device: torch.device, store: CheckpointStore, choice: Choice) -> Run:
+    """The run as the chosen checkpoint left it, or at step 0."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
+    pretrained = choice.name is None  # otherwise the checkpoint has all weights
+    model = build_model(config.model, manifest.spec.latent_shape, config.train.seed, pretrained).to(device)
+    freeze_unreached(model, config)
+    optimizer = make_optimizer(model, config.optim)
+    run = Run(config, Plan.of_config(manifest, config), model, optimizer, Metrics(config.train.ratio_window), Clock())
+    if choice.name:
+        with store.open(choice.name) as checkpoint:
+            run.restore(checkpoint)
+    return run
+
+
+def make_sinks(config: Config, step: int) -> list[Sink]:
+    sinks: list[Sink] = [TrainLog(config.run_dir, config.train.max_steps), JsonLines(config.run_dir, step)]
+    sinks.append(RayMetrics(config.run_name))
+    if config.log.wandb != "off":
+        sinks.append(Wandb(config))
+    return sinks
+
+
+def announce(run: Run, damaged: int, sinks: list[Sink], choice: Choice, world: int) -> None:
+    """The first lines of a start: what, on what, from where."""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    plan = run.plan
+    lines = [
+        f"{run.config.run_name}: {parameters / 1e6:.1f} M parameters on {world} x {run.model.q_static.device.type}, "
+        f"{plan.num_clips} clips, {plan.steps_per_epoch} steps an epoch; {plan.remainder} clips are left out "
+        "of each epoch, other ones each time",
+        *collect_stacks(run.config.run_dir),
+        *choice.notes,
+        f"resumed at step {run.step} from {choice.name}" if choice.name else "starting at step 0",
+        *known_damage(run.config, damaged),
+    ]
+    for sink in sinks:
+        for line in lines:
+            sink.note(line)
