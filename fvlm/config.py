@@ -97,6 +97,14 @@ class TrainConfig:
     """Decides the order of the samples and the random initialisation."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """"bf16": autocast; parameters and optimiser stay float32."""
+    compile: Literal["auto", "off", "layers", "whole"] = "auto"
+    """torch.compile: one program for each kind of transformer block, or one for all of forward and backward, which
+    takes many times as long to compile. "auto": "layers" on a GPU, "off" on a CPU."""
+    compile_cache: str = "~/.cache/fvlm/compile"
+    """Folder on each node's own disk where compiled programs are kept for the next start; safe to share."""
+    memory: Literal["speed", "balanced", "small"] = "speed"
+    """What is kept for the backward pass: all; all but the inside of the patches' blocks; or the inside of no block.
+    What is not kept is computed again."""
     log_every: int = 10
     save_every: int = 500
     keep_last: int = 3

@@ -31,6 +31,7 @@ LAYERS = {
     "data": {"errors", "files", "config", "batch"},
     "train": {"errors", "files", "config", "batch", "model", "data"},
     "convert": {"errors", "files", "config", "presets", "batch", "model", "data", "train"},
+    "checks": {"errors", "files", "config", "batch", "model", "data", "train"},
 }
 
 
@@ -119,6 +120,7 @@ OPTIONS = """
     --optim.lr --optim.weight-decay --optim.beta1 --optim.beta2 --optim.eps --optim.warmup-steps --optim.grad-clip
     --train.max-steps --train.seed --train.precision --train.log-every --train.save-every --train.keep-last
     --train.milestones --train.ratio-window --train.checkpoint-dir --train.max-skipped
+    --train.compile --train.compile-cache --train.memory
     --scale.workers --scale.device --scale.cpus-per-worker --scale.max-failures --scale.hang-s
     --scale.min-workers
     --log.wandb-project --log.wandb --log.samples --log.no-samples

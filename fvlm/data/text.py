@@ -18,7 +18,7 @@ from fvlm.files import TEMPORARY, fsync_dir
 
 END = "<|im_end|>"
 """End of a text, and padding too, as in SmolLM2's own tokenizer."""
-LENGTH_STEP = 16
+LENGTH_STEP = 32
 """Captions are padded to a multiple of this, so that a compiled step meets few lengths."""
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from fvlm.errors import UserError
+from fvlm.model.blocks import Blocks, Projections, heads, keys_values, query_block
 
 # Statistics of ImageNet, with which DINOv2 was trained (facebook/dinov2-small, preprocessor_config.json).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,6 +51,7 @@ class FoveatedEncoder(nn.Module):
             )
         self.dino: Any = dino  # to a type checker every child of a module is Tensor | Module
         self.deep_query = deep_query
+        self.blocks = Blocks()
         # No bias: added to every query alike it outweighs what tells them apart, and every ratio becomes exactly 1.
         self.query_input_proj = nn.Linear(query_width, config.hidden_size, bias=False)
         self.query_output_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -70,14 +72,13 @@ class FoveatedEncoder(nn.Module):
             features = self.dino.layernorm(self.dino.encoder(x_FND).last_hidden_state)[:, None]  # [F, 1, N, D]
             return PatchCache([(features, features)], grid)
         layers = self.dino.encoder.layer
-        keys_values = []
-        for layer in layers:
-            normed = layer.norm1(x_FND)
-            k, v = _heads(layer, layer.attention.k_proj(normed)), _heads(layer, layer.attention.v_proj(normed))
-            keys_values.append((k, v))
-            if layer is not layers[-1]:  # after the last layer nobody reads the patches themselves
-                x_FND = _update(layer, x_FND, normed, k, v)
-        return PatchCache(keys_values, grid)
+        cached = []
+        for layer in layers[:-1]:
+            x_FND, k, v = self.blocks.patch(layer, x_FND)
+            cached.append((k, v))
+        # After the last layer nobody reads the patches themselves.
+        cached.append(keys_values(layers[-1], layers[-1].norm1(x_FND)))
+        return PatchCache(cached, grid)
 
     def forward(self, query_FQ: torch.Tensor, patches: PatchCache) -> torch.Tensor:
         """One query a frame, [F, Q] -> what it saw, [F, D]."""
@@ -87,7 +88,7 @@ class FoveatedEncoder(nn.Module):
             seen = F.scaled_dot_product_attention(x_F1D[:, None], k, v)[:, 0]  # [F, 1, D]
             return self.query_output_proj(seen)[:, 0]
         for layer, (k, v) in zip(self.dino.encoder.layer, patches.keys_values, strict=True):
-            x_F1D = _update(layer, x_F1D, layer.norm1(x_F1D), k, v)
+            x_F1D = self.blocks.query(layer, x_F1D, k, v)
         return self.query_output_proj(self.dino.layernorm(x_F1D))[:, 0]
 
     @torch.no_grad()
@@ -103,27 +104,12 @@ class FoveatedEncoder(nn.Module):
         else:
             for layer, (k, v) in zip(self.dino.encoder.layer, patches.keys_values, strict=True):
                 normed = layer.norm1(x_F1D)
-                maps.append(_weights(_heads(layer, layer.attention.q_proj(normed)), k))
-                x_F1D = _update(layer, x_F1D, normed, k, v)
+                maps.append(_weights(heads(layer, Projections(layer).q(normed)), k))
+                x_F1D = query_block(layer, x_F1D, k, v)
         return torch.stack([weights[:, 1:].unflatten(1, patches.grid) for weights in maps])
-
-
-def _heads(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """[F, M, D] -> [F, h, M, d]"""
-    return x.unflatten(-1, (layer.attention.num_attention_heads, -1)).transpose(1, 2)
 
 
 def _weights(q_Fh1d: torch.Tensor, k_FhNd: torch.Tensor) -> torch.Tensor:
     """Attention weights of one query a frame, mean over heads: [F, N]."""
     scores = (q_Fh1d @ k_FhNd.transpose(-1, -2)) / q_Fh1d.shape[-1] ** 0.5
     return scores.float().softmax(-1).mean(1)[:, 0]
-
-
-def _update(
-    layer: Any, x_FMD: torch.Tensor, normed_FMD: torch.Tensor, k_FhNd: torch.Tensor, v_FhNd: torch.Tensor
-) -> torch.Tensor:
-    """One DINOv2 block for M tokens that attend to the given keys and values; patches and queries both pass here."""
-    q = _heads(layer, layer.attention.q_proj(normed_FMD))
-    attended = F.scaled_dot_product_attention(q, k_FhNd, v_FhNd).transpose(1, 2).flatten(2)
-    x_FMD = x_FMD + layer.layer_scale1(layer.attention.o_proj(attended))
-    return x_FMD + layer.layer_scale2(layer.mlp(layer.norm2(x_FMD)))

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from fvlm.config import ModelConfig
 from fvlm.model.encoder import FoveatedEncoder, PatchCache
+from fvlm.model.language import read_sequences
 from fvlm.model.prediction import PredictionHead
 
 VISUAL_STD = 0.14
@@ -83,29 +83,21 @@ class FoveatedVLM(nn.Module):
         first = self.q_init.expand(hidden_BTE.shape[0], 1, -1)
         return torch.cat([first, self.llm_to_query(hidden_BTE[:, :-1])], dim=1)
 
-    def read(self, *parts_BxE: torch.Tensor) -> torch.Tensor:
-        """Run the language model over the parts, joined in time, positions from 0: hidden states [B, S, E].
-
-        Parts of batch 1 (the learned tokens) are repeated for every clip.
-        """
+    def sequence(self, *parts_BxE: torch.Tensor) -> torch.Tensor:
+        """The parts joined in time, [B, S, E]. Parts of batch 1 (the learned tokens) are repeated for every clip."""
         b = max(part.shape[0] for part in parts_BxE)
-        sequence = torch.cat([part.expand(b, -1, -1) for part in parts_BxE], dim=1)
-        return self.llm.model(inputs_embeds=sequence, use_cache=False).last_hidden_state
+        return torch.cat([part.expand(b, -1, -1) for part in parts_BxE], dim=1)
 
-    def watch(self, token: torch.Tensor, z_BTE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read [no_text, token, z_1..z_T]. Queries and reconstruction share this pass.
+    def read(self, *sequences_BSE: torch.Tensor) -> list[torch.Tensor]:
+        """Run the language model over sequences of the same clips in one pass: the hidden states of each."""
+        return read_sequences(self.llm.model, list(sequences_BSE), self.encoder.blocks)
 
-        Returns the hidden states at the visual tokens (they ask the next queries) and those one position earlier
-        (they predict each frame before it is seen), both [B, T, E].
-        """
-        hidden = self.read(self.no_text_token, token, z_BTE)
-        return hidden[:, 2:], hidden[:, 1:-1]
+    def video(self, token: torch.Tensor, z_BTE: torch.Tensor) -> torch.Tensor:
+        """[no_text, token, z_1..z_T]. Hidden state 1 + t asks for frame t + 1's query and predicts its latent."""
+        return self.sequence(self.no_text_token, token, z_BTE)
 
     def embed(self, ids_BL: torch.Tensor) -> torch.Tensor:
         return self.llm.model.embed_tokens(ids_BL)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.llm.lm_head(hidden)
 
     def predict_latents(self, hidden_BTE: torch.Tensor, latents_BTChw: torch.Tensor) -> torch.Tensor:
         """Each frame's latent from the one before it (`z_vae_init` before the first): [B, T, C, h, w]."""
@@ -126,8 +118,3 @@ def global_std(x: torch.Tensor) -> torch.Tensor:
     n = x.numel() * dist.get_world_size()
     mean = all_reduce(x.sum()) / n
     return torch.sqrt(all_reduce((x - mean).square().sum()) / (n - 1))
-
-
-def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over trained positions, in float32."""
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="sum")

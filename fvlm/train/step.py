@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
 from fvlm.batch import Batch
 from fvlm.config import Config
+from fvlm.model.blocks import Blocks
 from fvlm.model.foveated import FoveatedVLM
-from fvlm.model.objective import Losses, compute_losses
+from fvlm.model.objective import Losses, compute_losses, read_losses, trained_losses
 from fvlm.train.metrics import Scalars
 from fvlm.train.optim import average_gradients, learning_rate, update
+
+Step = Callable[[Batch, int], Scalars]
+"""One optimizer step on one batch; the number counts from 0."""
+RECOMPUTED: dict[str, tuple[str, ...]] = {
+    "speed": (),
+    "balanced": ("patch",),
+    "small": ("patch", "query", "decoder"),
+}
+"""Kinds of blocks whose inner results are not kept, for each `train.memory`."""
 
 
 def is_reading(step: int, config: Config) -> bool:
@@ -17,13 +32,45 @@ def is_reading(step: int, config: Config) -> bool:
     return step % config.objective.coarse_every == 0
 
 
+def make_step(config: Config, model: FoveatedVLM, optimizer: torch.optim.Optimizer) -> Step:
+    """The step as `train.compile` and `train.memory` want it."""
+    losses_of = make_losses(config, model)
+    return lambda batch, step: train_step(model, optimizer, batch, step, config, losses_of)
+
+
+def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
+    """`compute_losses`, or the same with compiled parts. Sets how the model runs its blocks."""
+    kind = compile_kind(config, model.q_static.device)
+    if kind != "off":
+        # Read by torch whenever it compiles; what lies there already is keyed by code, shapes, torch and chip.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.train.compile_cache).expanduser()))
+    blocks = Blocks().compiled() if kind == "layers" else Blocks()
+    model.encoder.blocks = blocks.recomputed(*RECOMPUTED[config.train.memory])
+    if kind != "whole":
+        return compute_losses
+    trained, read = (torch.compile(f, fullgraph=True, dynamic=False) for f in (trained_losses, read_losses))
+    return functools.partial(compute_losses, trained=trained, read=read)
+
+
+def compile_kind(config: Config, device: torch.device) -> str:
+    """ "off", "layers" or "whole"."""
+    if config.train.compile == "auto":
+        return "layers" if device.type == "cuda" else "off"
+    return config.train.compile
+
+
 def train_step(
-    model: FoveatedVLM, optimizer: torch.optim.Optimizer, batch: Batch, step: int, config: Config
+    model: FoveatedVLM,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    step: int,
+    config: Config,
+    losses_of: Callable[..., Losses] = compute_losses,
 ) -> Scalars:
     """Forward, backward, average over ranks, clip, update. Changes model and optimizer in place.
 
     `batch` is on the model's device. `step` counts from 0; it sets the learning rate and whether the losses of the
-    coarse tokens are read.
+    coarse tokens are read. `losses_of`: compute_losses, or the same with compiled parts.
 
     A step whose loss or gradient norm is not finite changes nothing and has `train/skipped` 1. Both are global values,
     so all ranks decide alike, each on its device.
@@ -32,7 +79,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config.optim)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        losses = compute_losses(model, batch, config.objective, is_reading(step, config))
+        losses = losses_of(model, batch, config.objective, is_reading(step, config))
     losses.loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average_gradients(parameters)
