@@ -102,9 +102,9 @@ class TrainConfig:
     takes many times as long to compile. "auto": "layers" on a GPU, "off" on a CPU."""
     compile_cache: str = "~/.cache/fvlm/compile"
     """Folder on each node's own disk where compiled programs are kept for the next start; safe to share."""
-    memory: Literal["speed", "balanced", "small"] = "speed"
+    memory: Literal["auto", "speed", "balanced", "small"] = "auto"
     """What is kept for the backward pass: all; all but the inside of the patches' blocks; or the inside of no block.
-    What is not kept is computed again."""
+    What is not kept is computed again, to the same bits. "auto": the first that fits into the GPU's free memory."""
     log_every: int = 10
     save_every: int = 500
     keep_last: int = 3

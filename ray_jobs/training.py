@@ -20,6 +20,7 @@ from fvlm.train.device import on_device
 from fvlm.train.hang import HangWatch, collect_stacks
 from fvlm.train.logger import Logger
 from fvlm.train.loop import Hook, Run, train
+from fvlm.train.memory import out_of_memory, settle_memory, warm_up
 from fvlm.train.metrics import Clock, Metrics, Row
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.resume import Choice
@@ -27,6 +28,7 @@ from fvlm.train.run_folder import TOKENIZER
 from fvlm.train.samples import Samples
 from fvlm.train.saver import Saver
 from fvlm.train.sinks import JsonLines, Sink, TrainLog, Wandb
+from fvlm.train.step import compile_kind
 from fvlm.train.store import CheckpointStore
 from ray_jobs.agreement import StopAgreement
 from ray_jobs.feed import Feed
@@ -54,11 +56,18 @@ def train_on(
     start_up: StartUp,
 ) -> None:
     """Build or restore the state, and train until the end or until all ranks are asked to stop."""
+    latent_shape = manifest.spec.latent_shape
+    config = settle_memory(config, latent_shape, place.device)
     run = make_run(config, manifest, place.device, store, choice)
     main = place.rank == 0
     sinks = make_sinks(config, run.step) if main else []
     if main:
         announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world)
+    if place.device.type == "cuda" or compile_kind(config, place.device) != "off":
+        memory = warm_up(run.take_step, latent_shape)
+        start_up.passed("for a mock step")
+        for sink in sinks:
+            sink.note(memory)
     tokens = CaptionTokenizer(
         load_tokenizer(config.run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos
     )
@@ -78,7 +87,10 @@ def train_on(
             hooks += [saver, start_up.tell(sinks[0].note)]
         start_up.passed("for model and weights")
         batches = samples.of(on_device(map(collate, feed), place.device))
-        train(run, batches, hooks, StopAgreement(ledger, place.world))
+        try:
+            train(run, batches, hooks, StopAgreement(ledger, place.world))
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, f"step {run.step + 1}", config, latent_shape) from error
         if run.step < config.train.max_steps:
             logger.flush()
             with watch.long():

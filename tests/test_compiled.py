@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from fvlm.batch import IGNORE, Batch
 from fvlm.config import Config, ObjectiveConfig, OptimConfig, TrainConfig
 from fvlm.train.optim import freeze_unreached, make_optimizer
-from fvlm.train.step import make_losses, make_step
+from fvlm.train.step import Step, make_losses
 
 OBJECTIVE = ObjectiveConfig(lambda_recon=0.3, coarse_every=2)
 KINDS = pytest.mark.parametrize("kind", ["layers", "whole"])
@@ -81,7 +81,7 @@ def test_captions_of_all_lengths_compile_nothing_after_the_first_of_each(kind, m
     model, batch = make_model(), make_batch()
     config = config_of(kind)
     freeze_unreached(model, config)
-    step = make_step(config, model, make_optimizer(model, config.optim))
+    step = Step(config, model, make_optimizer(model, config.optim))
     for number in range(4):
         step(with_caption(batch, 3 + number // 2 * 2, number), number)
     compiled = counters["stats"]["unique_graphs"]

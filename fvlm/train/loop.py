@@ -17,7 +17,7 @@ from fvlm.model.foveated import FoveatedVLM
 from fvlm.train.metrics import Clock, Metrics, Scalars
 from fvlm.train.run_state import RunState
 from fvlm.train.state import STATE, contents_of, open_checkpoint
-from fvlm.train.step import make_step
+from fvlm.train.step import Step
 from fvlm.train.store import LocalStore
 
 
@@ -38,6 +38,9 @@ class Run:
     clock: Clock
     step: int = 0
     """Finished steps: the cursor."""
+
+    def __post_init__(self) -> None:
+        self.take_step = Step(self.config, self.model, self.optimizer)
 
     def restore(self, checkpoint: Path) -> None:
         """Go on where `checkpoint` left off. Raises UserError, and has changed nothing, when it is not of this run."""
@@ -63,12 +66,11 @@ class Run:
 
 def train(run: Run, batches: Iterator[Batch], hooks: list[Hook], stop: Callable[[], bool] = lambda: False) -> None:
     """Train until `max_steps`, or until `stop()`, which is asked after every step."""
-    take_step = make_step(run.config, run.model, run.optimizer)
     run.clock.resume()
     while run.step < run.config.train.max_steps:
         batch = next(batches)
         run.clock.waited()
-        scalars = take_step(batch, run.step)
+        scalars = run.take_step(batch, run.step)
         run.step += 1
         run.clock.stepped()
         for hook in hooks:

@@ -1,18 +1,12 @@
-"""AdamW, its schedule, and the averaging of gradients over ranks."""
+"""AdamW and its schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fvlm.config import Config, OptimConfig
 from fvlm.model.foveated import FoveatedVLM
-
-BUCKET_ELEMENTS = 8 << 20
-"""Gradients are all-reduced in buckets of about 32 MiB."""
 
 
 def freeze_unreached(model: FoveatedVLM, config: Config) -> None:
@@ -57,22 +51,5 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     return config.lr * min(1.0, (step + 1) / config.warmup_steps)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all ranks.
-
-    Buckets are cut in parameter order, always at the same places: DistributedDataParallel rebuilds its buckets after
-    the first step, which changes the order of summation between a run and its resumption; here it never changes.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    bucket: list[torch.Tensor] = []
-    for i, gradient in enumerate(gradients):
-        bucket.append(gradient)
-        if i == len(gradients) - 1 or sum(g.numel() for g in bucket) >= BUCKET_ELEMENTS:
-            flat = torch.cat([g.reshape(-1) for g in bucket])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(mean.view_as(g))
-            bucket = []
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -15,10 +15,9 @@ from fvlm.model.blocks import Blocks
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.objective import Losses, compute_losses, read_losses, trained_losses
 from fvlm.train.metrics import Scalars
-from fvlm.train.optim import average_gradients, learning_rate, update
+from fvlm.train.optim import learning_rate, parameters_of, update
+from fvlm.train.parallel import GradientAverage
 
-Step = Callable[[Batch, int], Scalars]
-"""One optimizer step on one batch; the number counts from 0."""
 RECOMPUTED: dict[str, tuple[str, ...]] = {
     "speed": (),
     "balanced": ("patch",),
@@ -32,10 +31,16 @@ def is_reading(step: int, config: Config) -> bool:
     return step % config.objective.coarse_every == 0
 
 
-def make_step(config: Config, model: FoveatedVLM, optimizer: torch.optim.Optimizer) -> Step:
-    """The step as `train.compile` and `train.memory` want it."""
-    losses_of = make_losses(config, model)
-    return lambda batch, step: train_step(model, optimizer, batch, step, config, losses_of)
+class Step:
+    """The step as `train.compile` and `train.memory` want it: `step(batch, number)`; numbers count from 0."""
+
+    def __init__(self, config: Config, model: FoveatedVLM, optimizer: torch.optim.Optimizer):
+        self.config, self.model, self.optimizer = config, model, optimizer
+        self.losses_of = make_losses(config, model)
+        self.average = GradientAverage(parameters_of(optimizer)).attach()
+
+    def __call__(self, batch: Batch, number: int) -> Scalars:
+        return train_step(self.model, self.optimizer, batch, number, self.config, self.losses_of, self.average)
 
 
 def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
@@ -45,11 +50,14 @@ def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
         # Read by torch whenever it compiles; what lies there already is keyed by code, shapes, torch and chip.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.train.compile_cache).expanduser()))
     blocks = Blocks().compiled() if kind == "layers" else Blocks()
-    model.encoder.blocks = blocks.recomputed(*RECOMPUTED[config.train.memory])
+    model.encoder.blocks = blocks.recomputed(*RECOMPUTED.get(config.train.memory, ()))
     if kind != "whole":
         return compute_losses
-    trained, read = (torch.compile(f, fullgraph=True, dynamic=False) for f in (trained_losses, read_losses))
-    return functools.partial(compute_losses, trained=trained, read=read)
+    return functools.partial(
+        compute_losses,
+        trained=torch.compile(trained_losses, fullgraph=True, dynamic=False),
+        read=torch.compile(read_losses, fullgraph=True, dynamic=False),
+    )
 
 
 def compile_kind(config: Config, device: torch.device) -> str:
@@ -66,11 +74,13 @@ def train_step(
     step: int,
     config: Config,
     losses_of: Callable[..., Losses] = compute_losses,
+    average: GradientAverage | None = None,
 ) -> Scalars:
     """Forward, backward, average over ranks, clip, update. Changes model and optimizer in place.
 
     `batch` is on the model's device. `step` counts from 0; it sets the learning rate and whether the losses of the
-    coarse tokens are read. `losses_of`: compute_losses, or the same with compiled parts.
+    coarse tokens are read. `losses_of`: compute_losses, or the same with compiled parts. `average`: attached to the
+    model, it averages gradients while others are still made; the result is the same.
 
     A step whose loss or gradient norm is not finite changes nothing and has `train/skipped` 1. Both are global values,
     so all ranks decide alike, each on its device.
@@ -80,9 +90,8 @@ def train_step(
         group["lr"] = learning_rate(step, config.optim)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         losses = losses_of(model, batch, config.objective, is_reading(step, config))
-    losses.loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    average_gradients(parameters)
+    parameters = parameters_of(optimizer)
+    (average or GradientAverage(parameters)).backward(losses.loss)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip)
     out = scalars(losses, config.objective.lambda_recon) | {"train/grad_norm": norm.detach()}
     out["train/skipped"] = 1 - (out["train/loss"].isfinite() & out["train/grad_norm"].isfinite()).float()

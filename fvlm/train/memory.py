@@ -1,0 +1,206 @@
+"""What a step needs of a device's memory, known before the first one; and what to do when it is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fvlm.batch import Batch
+from fvlm.config import Config
+from fvlm.errors import UserError
+from fvlm.model.hub import build_model
+from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.step import RECOMPUTED, Step, compile_kind
+
+GB = 1e9
+MOST_CLIPS = 4096
+SPARE = 0.9
+"""Share of the free memory that an estimate may fill: allocators round up, and kernels want workspace."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank. `peak` is the most that lives at once in a step, all the others included."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    peak: int
+
+    @property
+    def activations(self) -> int:
+        """What the step itself adds, less the gradients (not all of which live when most of it does)."""
+        return self.peak - self.weights - self.optimizer - self.gradients
+
+    def __str__(self) -> str:
+        return (
+            f"{self.peak / GB:.1f} GB (weights {self.weights / GB:.1f}, gradients {self.gradients / GB:.1f}, "
+            f"optimizer {self.optimizer / GB:.1f}, activations and workspace {self.activations / GB:.1f})"
+        )
+
+
+def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> Need:
+    """Of a step with readings on `clips` clips a rank, not compiled: a compiled one keeps less. Takes seconds.
+
+    The step is run for real, but on tensors that have shapes and no contents (torch's fake tensors); what lives is
+    counted. Attention counts as a fused kernel.
+    """
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, init="random"),
+        train=dataclasses.replace(config.train, compile="off"),
+    )
+    with torch.device("meta"):
+        model = build_model(config.model, latent_shape, seed=0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        model.llm.tie_weights()  # which empty tensors are no longer
+        freeze_unreached(model, config)
+        optimizer = make_optimizer(model, config.optim)
+        batch = mock_batch(config, latent_shape, clips, model.llm.config.vocab_size)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = sum(p.untyped_storage().nbytes() for p in trained)
+        live = LiveBytes()
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            live.add(tensor)
+        weights = live.now
+        step = Step(config, model, optimizer)
+        with live:
+            for p in trained:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()  # makes its state
+            optimizer.zero_grad(set_to_none=True)
+            optimizer_state = live.now - weights
+            live.peak = live.now
+            step(batch, 0)
+    return Need(weights, optimizer_state, gradients, live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made, or that were added, and that still live; and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return out
+
+
+def mock_batch(config: Config, latent_shape: tuple[int, int, int], clips: int, vocabulary: int) -> Batch:
+    """A batch of the largest shape that a run can meet: grey frames, and captions of the greatest length."""
+    data = config.data
+    ids = torch.arange(clips * data.max_caption_tokens).view(clips, -1) % vocabulary
+    frames = torch.full((clips, data.num_frames, data.frame_size, data.frame_size, 3), 127, dtype=torch.uint8)
+    latents = torch.zeros(clips, data.num_frames, *latent_shape, dtype=torch.float16)
+    return Batch(frames, latents, ids, ids.clone(), ("mock",) * clips)
+
+
+def settle_memory(config: Config, latent_shape: tuple[int, int, int], device: torch.device) -> Config:
+    """`train.memory` "auto" -> the fastest way that fits into what is free on every rank's GPU; "speed" on a CPU."""
+    if config.train.memory != "auto":
+        return config
+    modes = list(RECOMPUTED)
+    choice = 0
+    if device.type == "cuda":
+        free, clips = torch.cuda.mem_get_info(device)[0] * SPARE, clips_of_a_rank(config)
+        while choice < len(modes) - 1 and estimate(with_memory(config, modes[choice]), latent_shape, clips).peak > free:
+            choice += 1
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            furthest = torch.tensor(choice, device=device)
+            dist.all_reduce(furthest, dist.ReduceOp.MAX)
+            choice = int(furthest)
+    return with_memory(config, modes[choice])
+
+
+def with_memory(config: Config, mode: str) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, memory=mode))  # type: ignore[arg-type]
+
+
+def clips_of_a_rank(config: Config) -> int:
+    return config.data.global_batch // config.scale.workers
+
+
+def warm_up(step: Step, latent_shape: tuple[int, int, int]) -> str:
+    """Forward and backward of a mock batch, with readings and without: what is to be compiled is compiled, and too
+    little memory shows now. Changes nothing. All ranks do it together. Returns a line. Raises UserError.
+    """
+    config, model = step.config, step.model
+    device = model.q_static.device
+    batch = mock_batch(config, latent_shape, clips_of_a_rank(config), model.llm.config.vocab_size).to(device)
+    try:
+        for readings in (True, False):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                losses = step.losses_of(model, batch, config.objective, readings)
+            losses.loss.backward()
+            model.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, "a mock step, before the first one", config, latent_shape) from error
+    line = f"a mock step has passed (train.compile {compile_kind(config, device)}, train.memory {config.train.memory})"
+    if device.type != "cuda":
+        return line
+    peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return (
+        f"{line}: {peak / GB:.1f} GB at its peak of {total / GB:.1f} GB; a new run's first step adds "
+        f"{moments / GB:.1f} GB of AdamW's moments"
+    )
+
+
+def out_of_memory(
+    error: torch.OutOfMemoryError, phase: str, config: Config, latent_shape: tuple[int, int, int]
+) -> UserError:
+    """The error with what was asked for, what would fit, and what to change. Checkpoints are not touched."""
+    asked = str(error).removeprefix("CUDA out of memory. ").split(". ")[0]
+    clips = clips_of_a_rank(config)
+    lines = f"out of GPU memory in {phase}, with {clips} clips a rank: {asked}. "
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        fits = largest_batch(config, latent_shape, int(free * SPARE))
+        lines += f"About {fits} clips a rank would fit into the {free / GB:.1f} GB that are free for it. "
+    return UserError(
+        lines + f"Try --train.memory small (now {config.train.memory}), more ranks (--scale.workers), or, as another "
+        f"experiment, a smaller --data.global-batch (now {config.data.global_batch}). The last checkpoint is whole."
+    )
+
+
+def largest_batch(config: Config, latent_shape: tuple[int, int, int], free: int) -> int:
+    """The most clips a rank whose step is estimated to fit into `free` bytes; 0 for none. Takes a minute."""
+    fits, need = 0, 0
+    clips, more = 1, estimate(config, latent_shape, 1).peak
+    while more <= free and clips < MOST_CLIPS:
+        fits, need = clips, more
+        clips, more = 2 * clips, estimate(config, latent_shape, 2 * clips).peak
+    if more <= free or fits == 0:
+        return fits if more > free else clips
+    between = fits + int((clips - fits) * (free - need) / (more - need))  # evenly, once clips outweigh all else
+    while between > fits and estimate(config, latent_shape, between).peak > free:
+        between -= 1
+    return between

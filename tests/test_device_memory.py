@@ -1,0 +1,108 @@
+"""What a step needs of the device's memory: the estimate against what lives in a real step, and what is said when
+there is too little."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fvlm import presets
+from fvlm.config import Config
+from fvlm.errors import UserError
+from fvlm.model.hub import build_model
+from fvlm.train.memory import (
+    LiveBytes,
+    estimate,
+    largest_batch,
+    mock_batch,
+    out_of_memory,
+    settle_memory,
+    warm_up,
+    with_memory,
+)
+from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.step import Step
+
+LATENT = (4, 8, 8)
+ASKED = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.50 GiB of which ..."
+
+
+def small() -> Config:
+    config = presets.demo()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, frame_size=56, num_frames=3))
+
+
+def real_step(config: Config) -> Step:
+    model = build_model(config.model, LATENT, seed=0)
+    freeze_unreached(model, config)
+    return Step(config, model, make_optimizer(model, config.optim))
+
+
+@pytest.mark.parametrize("memory", ["speed", pytest.param("balanced", marks=pytest.mark.long), "small"])
+def test_the_estimate_is_what_lives_in_a_real_step(memory):
+    config = with_memory(small(), memory)
+    need = estimate(config, LATENT, clips=2)
+    assert memory == "speed" or need.peak < estimate(with_memory(config, "speed"), LATENT, clips=2).peak
+    step = real_step(config)
+    batch = mock_batch(config, LATENT, 2, 512)
+    step(batch, 0)
+    live = LiveBytes()
+    parameters = list(step.model.parameters())
+    weights = sum(p.nbytes for p in parameters)
+    moments = sum(t.nbytes for state in step.optimizer.state.values() for t in state.values())
+    for tensor in [*step.model.buffers(), *parameters, *(t for s in step.optimizer.state.values() for t in s.values())]:
+        live.add(tensor)
+    with live:
+        step(batch, 0)
+    assert need.weights == pytest.approx(weights, rel=0.01)  # and a few buffers
+    assert need.optimizer == pytest.approx(moments, rel=0.01)
+    assert need.peak == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.long
+def test_the_largest_batch_fits_and_one_clip_more_does_not():
+    config, free = with_memory(small(), "balanced"), 100_000_000
+    clips = largest_batch(config, LATENT, free)
+    assert clips > 2
+    assert estimate(config, LATENT, clips).peak <= free < estimate(config, LATENT, clips + 1).peak
+    assert largest_batch(config, LATENT, 10_000_000) == 0
+
+
+def test_a_mock_step_changes_no_bit_and_draws_no_random_number():
+    step = real_step(dataclasses.replace(small(), scale=dataclasses.replace(small().scale, workers=4)))
+    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    drawn = torch.get_rng_state()
+    assert "a mock step has passed" in warm_up(step, LATENT)
+    assert torch.equal(drawn, torch.get_rng_state()) and not step.optimizer.state
+    for name, p in step.model.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None, name
+
+
+def test_too_little_memory_shows_in_the_mock_step_with_what_was_asked_for_and_what_to_do():
+    step = real_step(small())
+
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError(ASKED)
+
+    step.losses_of = too_much
+    with pytest.raises(UserError) as error:
+        warm_up(step, LATENT)
+    said = str(error.value)
+    for part in ("mock step", "8 clips a rank", "Tried to allocate 2.50 GiB", "--train.memory small", "--scale.workers",
+                 "--data.global-batch", "checkpoint is whole"):  # fmt: skip
+        assert part in said, part
+
+
+def test_the_phase_is_told():
+    said = str(out_of_memory(torch.OutOfMemoryError(ASKED), "step 17", small(), LATENT))
+    assert said.startswith("out of GPU memory in step 17, with 8 clips a rank: Tried to allocate 2.50 GiB. ")
+
+
+@pytest.mark.parametrize(("free", "memory"), [(1 << 40, "speed"), (10_000_000, "small")])
+def test_auto_takes_the_first_way_that_fits(free, memory, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    assert settle_memory(small(), LATENT, torch.device("cuda")).train.memory == memory
+    assert settle_memory(small(), LATENT, torch.device("cpu")).train.memory == "speed"
+    assert settle_memory(with_memory(small(), "balanced"), LATENT, torch.device("cpu")).train.memory == "balanced"
