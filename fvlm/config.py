@@ -56,7 +56,8 @@ class DataConfig:
     frame_size: int = 256
     """Side of a frame in pixels; must be what the dataset holds."""
     global_batch: int = 16
-    """G: clips in one optimizer step, over all ranks."""
+    """G: clips in one optimizer step, over all ranks. 0: as many as fit into the GPU of the machine that starts the run
+    (times the ranks), found once, when the run begins, and kept in its config.json."""
     lanes: int = 16
     """C: canonical streams. The number of ranks must divide it; it must divide `global_batch`."""
     window_steps: int = 8
@@ -231,12 +232,12 @@ def _divisors(n: int) -> str:
 
 
 ABOVE_ZERO = """
-    data.num_frames data.frame_size data.global_batch data.lanes data.window_steps data.max_caption_tokens data.cache_gb
+    data.num_frames data.frame_size data.lanes data.window_steps data.max_caption_tokens data.cache_gb
     objective.fine_iterations objective.coarse_every optim.lr optim.grad_clip
     train.max_steps train.log_every train.save_every train.keep_last train.ratio_window train.max_skipped scale.workers
 """.split()  # noqa: SIM905  (a list is four times as long)
 NOT_NEGATIVE = """
-    optim.warmup_steps optim.weight_decay objective.lambda_recon data.decode_threads data.max_corrupt
+    optim.warmup_steps optim.weight_decay objective.lambda_recon data.global_batch data.decode_threads data.max_corrupt
     scale.min_workers scale.max_failures scale.hang_s scale.cpus_per_worker
 """.split()  # noqa: SIM905
 

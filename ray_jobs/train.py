@@ -27,6 +27,7 @@ from fvlm.data.storage import is_uri
 from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
 from fvlm.errors import Damaged, UserError
 from fvlm.model.hub import vocabulary_size
+from fvlm.train.memory import settle_batch
 from fvlm.train.run_folder import TOKENIZER, exclusive, open_run
 from fvlm.train.sinks import TRAIN_LOG, TrainLog
 from fvlm.train.store import checkpoint_store, newest_step
@@ -45,6 +46,8 @@ def main() -> None:
     """The command: parse, check everything that can be checked, then train on Ray."""
     config, test = command_line()
     config = settle_paths(config)
+    if config.data.global_batch == 0:
+        config = settle_batch(config, open_manifest(config).spec.latent_shape)
     if test:
         sys.exit(0 if run_feed_test(config, test) else 1)
     manifest = prepare_run(config)
@@ -105,14 +108,19 @@ def run_feed_test(config: Config, test: FeedTest) -> bool:
         return feeds(config, manifest, memory, test)
 
 
-def open_dataset(config: Config) -> Manifest:
-    """Everything about the data that can fail: paths, manifest, plan, memory, shards. Raises UserError."""
+def open_manifest(config: Config) -> Manifest:
+    """Raises UserError."""
     if not config.data.path:
         raise UserError(
             "--data.path is missing: the folder of a prepared dataset (`python -m ray_jobs.prepare --help`)."
         )
     path = config.data.path
-    manifest = read_manifest(path if is_uri(path) else Path(path).expanduser().resolve())
+    return read_manifest(path if is_uri(path) else Path(path).expanduser().resolve())
+
+
+def open_dataset(config: Config) -> Manifest:
+    """Everything about the data that can fail: paths, manifest, plan, memory, shards. Raises UserError."""
+    manifest = open_manifest(config)
     check_dataset(config, manifest)
     Plan.of_config(manifest, config)  # a dataset that does not fill one batch is an error here
     ingest_memory(config, manifest)  # and a budget that does not suffice

@@ -4,6 +4,8 @@ there is too little."""
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fvlm.train.memory import (
     largest_batch,
     mock_batch,
     out_of_memory,
+    settle_batch,
     settle_memory,
     warm_up,
     with_memory,
@@ -106,3 +109,38 @@ def test_auto_takes_the_first_way_that_fits(free, memory, monkeypatch):
     assert settle_memory(small(), LATENT, torch.device("cuda")).train.memory == memory
     assert settle_memory(small(), LATENT, torch.device("cpu")).train.memory == "speed"
     assert settle_memory(with_memory(small(), "balanced"), LATENT, torch.device("cpu")).train.memory == "balanced"
+
+
+def any_batch(tmp_path: Path, **scale: int) -> Config:
+    config = with_memory(small(), "balanced")
+    return dataclasses.replace(
+        config,
+        runs_dir=str(tmp_path),
+        data=dataclasses.replace(config.data, global_batch=0, lanes=4),
+        scale=dataclasses.replace(config.scale, **scale),
+    )
+
+
+def test_a_batch_of_0_is_the_most_in_whole_lanes_and_what_the_run_began_with_from_then_on(tmp_path, monkeypatch):
+    config = any_batch(tmp_path, workers=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
+    monkeypatch.setattr("fvlm.train.memory.largest_batch", lambda config, latent, free: 11 if free == 9e8 else 0)
+    settled = settle_batch(config, LATENT)
+    assert settled.data.global_batch == 20  # 22 clips on two ranks, 4 lanes
+    settled.run_dir.mkdir()
+    began = {"config": settled.to_dict(), "dataset": "", "dataset_path": ""}
+    (settled.run_dir / "config.json").write_text(json.dumps(began))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert settle_batch(config, LATENT) == settled
+
+
+def test_a_batch_of_0_without_room_or_without_a_gpu_is_an_error_that_says_so(tmp_path, monkeypatch):
+    config = any_batch(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"--data.global-batch 0 .* this machine has none"):
+        settle_batch(config, LATENT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7, 10**9))
+    with pytest.raises(UserError, match=r"do not hold 4 clips a rank.*--train.memory small.*--data.lanes"):
+        settle_batch(config, LATENT)

@@ -19,6 +19,7 @@ from fvlm.config import Config
 from fvlm.errors import UserError
 from fvlm.model.hub import build_model
 from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.run_folder import CONFIG, read_began
 from fvlm.train.step import RECOMPUTED, Step, compile_kind
 
 GB = 1e9
@@ -204,3 +205,28 @@ def largest_batch(config: Config, latent_shape: tuple[int, int, int], free: int)
     while between > fits and estimate(config, latent_shape, between).peak > free:
         between -= 1
     return between
+
+
+def settle_batch(config: Config, latent_shape: tuple[int, int, int]) -> Config:
+    """`data.global_batch` 0 -> what the run began with; for a new run the most, in whole lanes, that fits this GPU.
+
+    Raises UserError without a GPU here, and when it has no room for a clip of every lane.
+    """
+    data, ranks = config.data, config.scale.workers
+    if data.global_batch:
+        return config
+    if (config.run_dir / CONFIG).exists():
+        clips = int(read_began(config.run_dir)["config"]["data"]["global_batch"])
+    elif not torch.cuda.is_available():
+        raise UserError("--data.global-batch 0 asks for what fits the GPU, and this machine has none. Give a number.")
+    else:
+        settled = with_memory(config, "balanced") if config.train.memory == "auto" else config
+        free = torch.cuda.mem_get_info()[0] * SPARE
+        clips = largest_batch(settled, latent_shape, int(free)) * ranks // data.lanes * data.lanes
+        if clips == 0:
+            raise UserError(
+                f"--data.global-batch 0: {free / GB:.1f} GB of GPU memory do not hold {data.lanes // ranks} clips a "
+                "rank, one of every lane. Use --train.memory small, more ranks, or fewer --data.lanes "
+                f"(now {data.lanes})."
+            )
+    return dataclasses.replace(config, data=dataclasses.replace(data, global_batch=clips))
