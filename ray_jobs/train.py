@@ -45,9 +45,7 @@ CAPTIONS_FOR_TOKENIZER = 100_000
 def main() -> None:
     """The command: parse, check everything that can be checked, then train on Ray."""
     config, test = command_line()
-    config = settle_paths(config)
-    if config.data.global_batch == 0:
-        config = settle_batch(config, open_manifest(config).spec.latent_shape)
+    config = settle(config)
     if test:
         sys.exit(0 if run_feed_test(config, test) else 1)
     manifest = prepare_run(config)
@@ -68,6 +66,14 @@ def main() -> None:
         print(f"{config.run_name}: stopped at step {done} of {steps}; the same command goes on there.", flush=True)
         os._exit(128 + (stop.signal or 0))  # a thread may still wait in Ray for a place: a plain exit would crash on it
     print(f"{config.run_name}: finished {steps} steps. Checkpoint: {store.locate(store.names()[-1])}", flush=True)
+
+
+def settle(config: Config) -> Config:
+    """The config as every process sees it. Raises UserError."""
+    config = settle_paths(config)
+    if config.data.global_batch == 0:
+        config = settle_batch(config, open_manifest(config).spec.latent_shape)
+    return config
 
 
 def settle_paths(config: Config) -> Config:

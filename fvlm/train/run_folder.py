@@ -96,7 +96,7 @@ def read_began(run_dir: Path) -> dict[str, Any]:
     try:
         began: dict[str, Any] = json.loads(path.read_bytes())
         began["config"], began["dataset"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: missing or damaged ({error}). Restore it, or use another --run name.") from error
     return began
 

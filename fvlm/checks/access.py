@@ -1,0 +1,262 @@
+"""What a run reaches out for: weights on the hub, W&B, tokens, ports. No finding ever holds a secret."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import requests
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import build_hf_headers
+
+from fvlm.checks.finding import Finding
+from fvlm.config import Config
+from fvlm.train.sinks import wandb_mode
+
+DEADLINE_S = 4.0
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PRIVATE = 0o600
+RAYS_PORTS = 7
+"""As cluster/local/start.sh: the base port and the next six."""
+
+
+# ---- weights
+
+
+def look_at_hub(config: Config, begun: bool) -> list[Finding]:
+    """begun: the run has a checkpoint and a tokenizer, so nothing is fetched any more."""
+    if config.model.init != "hub":
+        return [Finding("ok", "weights", "random: nothing is fetched")]
+    if begun:
+        return [Finding("ok", "weights", "the run's checkpoint has them")]
+    names = {"--model.vision": config.model.vision, "--model.language": config.model.language}
+    return [_weights(key, name, tokenizer=key == "--model.language") for key, name in names.items()]
+
+
+def _weights(key: str, name: str, tokenizer: bool) -> Finding:
+    what = f"weights {name}"
+    if Path(name).is_dir():
+        missing = [] if any((Path(name) / file).is_file() for file in WEIGHTS) else [WEIGHTS[0]]
+        missing += [
+            file for file in ("config.json", *["tokenizer.json"] * tokenizer) if not (Path(name) / file).is_file()
+        ]
+        if missing:
+            cure = f"{key} takes a whole folder of save_pretrained, or a name on the hub."
+            return Finding("FAIL", what, f"the folder has no {', '.join(missing)}", cure)
+        return Finding("ok", what, "a local folder")
+    cached = [file for file in ("config.json", "tokenizer.json", *WEIGHTS) if _is_cached(name, file)]
+    if "config.json" in cached and set(WEIGHTS) & set(cached) and ("tokenizer.json" in cached or not tokenizer):
+        return Finding("ok", what, f"in {constants.HF_HUB_CACHE}")
+    cure = (
+        f"`hf download {name}` where there is a network, and copy the cache ({constants.HF_HUB_CACHE}, or HF_HOME); "
+        f"or {key} with a folder, or --model.init random."
+    )
+    if constants.HF_HUB_OFFLINE:
+        return Finding("FAIL", what, "not in the cache, and HF_HUB_OFFLINE forbids to fetch them", cure)
+    problem = _unreachable(f"{constants.ENDPOINT}/{name}/resolve/main/config.json")
+    if problem:
+        return Finding("FAIL", what, f"not in the cache, and {problem}", cure)
+    return Finding("note", what, f"not in the cache; the first start fetches them from {_host(constants.ENDPOINT)}")
+
+
+def _is_cached(name: str, file: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(name, file), str)
+    except ValueError:  # not a name of the hub
+        return False
+
+
+def _host(url: str) -> str:
+    """Without a name and a password that the URL may hold."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def _unreachable(url: str) -> str:
+    """Why `url` cannot be had; "" when it can."""
+    host = _host(url)
+    try:
+        answer = requests.head(url, headers=build_hf_headers(), timeout=DEADLINE_S, allow_redirects=True)
+    except requests.RequestException as error:
+        return f"{host} cannot be reached ({type(error).__name__})"
+    if answer.status_code in (401, 403, 404):
+        return f"{host} has no such model, or not for us (HTTP {answer.status_code})"
+    return "" if answer.ok else f"{host} answers with HTTP {answer.status_code}"
+
+
+# ---- W&B
+
+
+def look_at_wandb(config: Config) -> list[Finding]:
+    if config.log.wandb == "off":
+        return [Finding("ok", "W&B", "off")]
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    in_netrc = netrc.is_file() and "api.wandb.ai" in netrc.read_text()
+    key = "WANDB_API_KEY" if os.environ.get("WANDB_API_KEY") else str(netrc) if in_netrc else ""
+    found = look_at_secret("W&B", netrc) if in_netrc else []
+    if wandb_mode(config) == "offline":
+        why = "no key" if config.log.wandb == "auto" else "as --log.wandb says"
+        cure = f"`wandb sync {config.run_dir}/wandb/offline-*` sends it later; `wandb login` makes it online."
+        return [*found, Finding("note", "W&B", f"offline: {why}", cure)]
+    if not key:
+        cure = "`wandb login`, or WANDB_API_KEY in the environment, or --log.wandb offline."
+        return [*found, Finding("FAIL", "W&B", "--log.wandb is online, and there is no key", cure)]
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = _host(url)
+    if not answers(urlsplit(url).hostname or "", urlsplit(url).port or 443):
+        cure = "A start waits for it. --log.wandb offline, until the network is back."
+        return [*found, Finding("warn", "W&B", f"there is a key in {key}, and {host} cannot be reached", cure)]
+    return [*found, Finding("ok", "W&B", f"online at {host}, with the key in {key}")]
+
+
+def look_at_secret(what: str, path: Path) -> list[Finding]:
+    """Nothing where nobody else may read it."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        return [Finding("warn", f"{what} secret", f"{path} has mode {mode:o}: others may read it", f"chmod 600 {path}")]
+    return []
+
+
+# ---- a cluster of this machine
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """What cluster/local/start.sh made or would make, by the same variables."""
+
+    folder: Path
+    ports: dict[str, int]
+    """Purpose -> port; Ray's own under FVLM_BASE_PORT."""
+    process: int | None
+    """Of its head, while that lives."""
+    store_bytes: int
+
+    @classmethod
+    def of(cls, env: Mapping[str, str]) -> LocalCluster:
+        """Raises ValueError for a setting that is no number."""
+        folder = Path(env.get("FVLM_CLUSTER_DIR") or "~/.fvlm-cluster").expanduser().absolute()
+        base = int(env.get("FVLM_BASE_PORT") or 6379)
+        ports = {
+            "FVLM_DASHBOARD_PORT": int(env.get("FVLM_DASHBOARD_PORT") or 8265),
+            "FVLM_METRICS_PORT": int(env.get("FVLM_METRICS_PORT") or 8080),
+        } | {f"FVLM_BASE_PORT+{n}": base + n for n in range(RAYS_PORTS)}
+        process, store = None, int(env.get("FVLM_OBJECT_STORE_MB") or 2048) << 20
+        try:
+            number = int((folder / "pid").read_text())
+            command = psutil.Process(number).cmdline()
+            if f"--temp-dir={folder / 'ray'}" in command:
+                process = number
+                store = next(int(w.partition("=")[2]) for w in command if w.startswith("--object-store-memory="))
+        except (OSError, ValueError, StopIteration, psutil.Error):
+            pass
+        return cls(folder, ports, process, store)
+
+    def owns(self, process: int) -> bool:
+        """start.sh opens a session of its own."""
+        try:
+            return self.process is not None and os.getsid(process) == self.process
+        except OSError:
+            return False
+
+
+def look_at_cluster(env: Mapping[str, str]) -> list[Finding]:
+    """Ports, token, and whether a named cluster answers."""
+    try:
+        cluster = LocalCluster.of(env)
+    except ValueError as error:
+        return [Finding("warn", "cluster", f"a setting of cluster/local/start.sh is no number: {error}")]
+    return [_ports(cluster), *look_at_token(cluster, env), *_named(env)]
+
+
+def _ports(cluster: LocalCluster) -> Finding:
+    taken = {name: port for name, port in cluster.ports.items() if answers("127.0.0.1", port)}
+    holders = _listeners()
+    foreign = {name: port for name, port in taken.items() if not cluster.owns(holders.get(port, -1))}
+    ports = ", ".join(str(port) for port in sorted(set(cluster.ports.values())))
+    if foreign:
+        each = [f"{port} ({_name_of(holders.get(port))})" for port in foreign.values()]
+        variables = sorted({name.partition("+")[0] for name in foreign})
+        return Finding(
+            "warn",
+            "ports",
+            f"taken by others: {', '.join(each)}",
+            f"cluster/local/start.sh would refuse to start: give it others with {' and '.join(variables)}. "
+            "`ray_jobs.train` alone needs none of them.",
+        )
+    if cluster.process is not None:
+        return Finding("ok", "ports", f"held by our own cluster of {cluster.folder} (process {cluster.process})")
+    return Finding("ok", "ports", f"{ports} are free for cluster/local/start.sh")
+
+
+def _listeners() -> dict[int, int]:
+    """Port -> process, as far as this user may know."""
+    try:
+        return {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid}
+    except psutil.Error:
+        return {}
+
+
+def _name_of(process: int | None) -> str:
+    try:
+        return f"{psutil.Process(process).name()}, process {process}" if process else "another user's process"
+    except psutil.Error:
+        return f"process {process}"
+
+
+def look_at_token(cluster: LocalCluster, env: Mapping[str, str]) -> list[Finding]:
+    """Whether this shell has the token of our own cluster, and whether nobody else has."""
+    own, given = cluster.folder / "token", env.get("RAY_AUTH_TOKEN_PATH", "")
+    mode = env.get("RAY_AUTH_MODE", "").lower()
+    found = []
+    for path in dict.fromkeys([own, Path(given).expanduser()] if given else [own]):
+        if path.is_file():
+            found += look_at_secret("token", path)
+    lines = f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={own}"
+    if (
+        mode == "token"
+        and given
+        and not (Path(given).expanduser().is_file() and Path(given).expanduser().stat().st_size)
+    ):
+        found.append(Finding("FAIL", "token", f"RAY_AUTH_TOKEN_PATH {given} is not there or empty", lines))
+    elif mode == "token" and not given and not env.get("RAY_AUTH_TOKEN"):
+        found.append(Finding("FAIL", "token", "RAY_AUTH_MODE is token, and no token is given", lines))
+    elif mode == "disabled":
+        found.append(
+            Finding("warn", "token", "RAY_AUTH_MODE is disabled: whoever reaches the ports runs code here", lines)
+        )
+    elif cluster.process is not None and mode != "token":
+        found.append(Finding("warn", "token", "our own cluster asks for its token, and this shell has none", lines))
+    if found:
+        return found
+    text = "given to this shell" if mode == "token" else "none needed: a cluster that a command starts makes its own"
+    return [Finding("ok", "token", text)]
+
+
+def _named(env: Mapping[str, str]) -> list[Finding]:
+    """The cluster of RAY_ADDRESS, if it names one."""
+    address = env.get("RAY_ADDRESS", "")
+    if address in ("", "local", "auto"):
+        return []
+    if address.startswith(("http://", "https://")):
+        cure = "`unset RAY_ADDRESS` to train here; `ray_jobs.submit` takes it with --address."
+        return [
+            Finding("FAIL", "RAY_ADDRESS", f"{address} is that of a dashboard, which `ray_jobs.train` cannot use", cure)
+        ]
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit() and answers(host, int(port)):
+        return [Finding("ok", "RAY_ADDRESS", f"{address} answers")]
+    return [Finding("FAIL", "RAY_ADDRESS", f"no cluster answers at {address}", "Start it, or `unset RAY_ADDRESS`.")]
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether somebody takes a connection."""
+    try:
+        socket.create_connection((host, port), timeout=DEADLINE_S).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,164 @@
+"""The machine, by the files in which the kernel describes it. `root` may be a folder with copies of such files."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from fvlm.checks.finding import Finding, gb
+
+WINDOWS_DRIVES = ("9p", "drvfs")
+"""File systems through which WSL2 sees the drives of Windows."""
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "virtiofs", "fuse.sshfs", "ceph", "lustre")
+IN_MEMORY = ("tmpfs", "ramfs")
+FEWEST_OPEN_FILES = 4096
+"""Below this Ray warns: each worker process costs the raylet several."""
+COMMIT_STRICTLY = 2
+"""Value of vm.overcommit_memory."""
+
+
+@dataclass(frozen=True)
+class Mount:
+    source: str
+    point: str
+    kind: str
+    """Type of the file system."""
+    options: tuple[str, ...]
+
+    @property
+    def read_only(self) -> bool:
+        return "ro" in self.options
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes."""
+
+    total: int
+    available: int
+    limit: int | None
+    """What a container or a unit allows, where that is less than the machine has."""
+
+    @property
+    def usable(self) -> int:
+        return min(self.total, self.limit or self.total)
+
+
+@dataclass(frozen=True)
+class Machine:
+    root: Path = Path("/")
+
+    def read(self, path: str) -> str:
+        """The text of a file of the kernel's; "" where there is none."""
+        try:
+            return (self.root / path).read_text(errors="replace")
+        except OSError:
+            return ""
+
+    @property
+    def kernel(self) -> str:
+        return self.read("proc/version").split(" (")[0].removeprefix("Linux version ").strip() or "unknown"
+
+    @property
+    def is_wsl2(self) -> bool:
+        return "microsoft" in self.kernel.lower()
+
+    def mounts(self) -> list[Mount]:
+        fields = [line.split() for line in self.read("proc/mounts").splitlines()]
+        return [
+            Mount(_plain(line[0]), _plain(line[1]), line[2], tuple(line[3].split(",")))
+            for line in fields
+            if len(line) > 3
+        ]
+
+    def mount_of(self, path: Path) -> Mount | None:
+        """Where `path` lies, links followed; None where nothing is known of mounts. The last of one place is on top."""
+        found = None
+        real = path.expanduser().resolve()
+        for mount in self.mounts():
+            if real.is_relative_to(mount.point) and (not found or len(mount.point) >= len(found.point)):
+                found = mount
+        return found
+
+    def memory(self) -> Memory:
+        known = {name: int(kb) << 10 for name, kb in re.findall(r"(\w+):\s+(\d+) kB", self.read("proc/meminfo"))}
+        total, available = known.get("MemTotal", 0), known.get("MemAvailable", 0)
+        limits = [limit for limit in self._memory_limits() if limit < total]
+        return Memory(total, min([available, *limits]), min(limits, default=None))
+
+    def _memory_limits(self) -> list[int]:
+        """Of the control groups that this process is in, and of those above them (versions 1 and 2)."""
+        found = []
+        for line in self.read("proc/self/cgroup").splitlines() or ["0::/"]:
+            number, controllers, path = line.split(":", 2)
+            if number == "0":
+                base, name = "sys/fs/cgroup", "memory.max"
+            elif "memory" in controllers.split(","):
+                base, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            else:
+                continue
+            group = Path(path)
+            for above in (group, *group.parents):
+                text = self.read(f"{base}/{str(above).strip('/')}/{name}").strip()
+                found += [int(text)] if text.isdigit() else []
+        return found
+
+    def nvidia_gpus(self) -> list[str]:
+        """Device nodes of NVIDIA GPUs; WSL2 has one for all, and tells by the driver's library that it is NVIDIA's."""
+        nodes = sorted(path for path in (self.root / "dev").glob("nvidia*") if path.name[6:].isdigit())
+        if not nodes and (self.root / "dev/dxg").exists() and (self.root / "usr/lib/wsl/lib/libcuda.so.1").exists():
+            nodes = [self.root / "dev/dxg"]
+        return ["/" + str(path.relative_to(self.root)) for path in nodes]
+
+
+def _plain(text: str) -> str:
+    r"""/mnt/my\040disk -> /mnt/my disk"""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def look_at_machine(machine: Machine) -> list[Finding]:
+    """Kernel, memory, limits."""
+    memory, found = machine.memory(), []
+    system = f"Linux {machine.kernel}, {os.cpu_count()} CPUs"
+    if machine.is_wsl2:
+        found.append(
+            Finding(
+                "note",
+                "system",
+                f"{system}, WSL2 with {gb(memory.total)} of the computer's memory",
+                "WSL2 takes half of the memory unless .wslconfig in Windows says `memory=`; cluster/README.md says how "
+                "a run goes on after a reboot there.",
+            )
+        )
+    else:
+        found.append(Finding("ok", "system", system))
+    limit = f", of which this container or unit may use {gb(memory.limit)}" if memory.limit else ""
+    found.append(Finding("ok", "memory", f"{gb(memory.total)}{limit}, {gb(memory.available)} available"))
+    return found + _limits(machine)
+
+
+def _limits(machine: Machine) -> list[Finding]:
+    found = []
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # Ray raises its own to this
+    if hard != resource.RLIM_INFINITY and hard < FEWEST_OPEN_FILES:
+        found.append(
+            Finding(
+                "warn",
+                "open files",
+                f"a process may have {hard}; Ray wants {FEWEST_OPEN_FILES} or more",
+                "LimitNOFILE=65536 in its unit, `--ulimit nofile=65536` in Docker, or /etc/security/limits.conf.",
+            )
+        )
+    if machine.read("proc/sys/vm/overcommit_memory").strip() == str(COMMIT_STRICTLY):
+        found.append(
+            Finding(
+                "warn",
+                "memory policy",
+                "vm.overcommit_memory is 2: processes may not reserve more than they use, as torch and Ray do",
+                "sudo sysctl vm.overcommit_memory=0",
+            )
+        )
+    return found

@@ -1,0 +1,91 @@
+"""One run before its start: how large its checkpoints are, whether its folder may be used, what is left to do."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fvlm.checks.disk import existing, look_at_writing
+from fvlm.checks.finding import Finding, of_error
+from fvlm.checks.machine import Machine
+from fvlm.config import Config, ModelConfig
+from fvlm.data.corrupt import CorruptList
+from fvlm.data.schema import Manifest
+from fvlm.data.storage import Storage
+from fvlm.errors import UserError
+from fvlm.model.hub import build_model
+from fvlm.train.run_folder import CONFIG, TOKENIZER, open_run
+from fvlm.train.run_report import LastStart, RunReport, is_locked, report
+from fvlm.train.store import checkpoint_store, is_milestone, newest_step
+
+BYTES_OF_STATE = 12
+"""Of a parameter in a checkpoint: itself and AdamW's two moments, float32."""
+
+
+@functools.lru_cache(maxsize=1)
+def parameters(model: ModelConfig, latent_shape: tuple[int, int, int]) -> int:
+    """How many the whole model has, tied ones once; nothing of it is allocated. Raises UserError: an unknown name."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(model, latent_shape, seed=0, pretrained=False).parameters())
+
+
+def checkpoints_left(config: Config, done: int) -> int:
+    """Checkpoints that the run will hold more than after step `done`: the last few, one being written, milestones."""
+    train = config.train
+    steps = range((done // train.save_every + 1) * train.save_every, train.max_steps + 1, train.save_every)
+    milestones = sum(is_milestone(step, train.milestones) for step in steps)
+    kept = train.keep_last if done < train.save_every else 0  # a run that goes on has these already
+    return kept + 1 + milestones if done < train.max_steps else 0
+
+
+def look_at_run(config: Config, manifest: Manifest | None, now: float) -> tuple[list[Finding], bool]:
+    """Its folder. -> findings, and whether a start finds weights and tokenizer there.
+
+    manifest: None where the dataset cannot be read; now: seconds since 1970
+    """
+    run_dir, what = config.run_dir, f"run {config.run_name}"
+    if not (run_dir / CONFIG).exists():
+        return [Finding("ok", what, f"new: {run_dir}")], False
+    if is_locked(run_dir):
+        cure = "Wait for it, stop it, or use another --run; `python -m ray_jobs.status` shows how it goes."
+        return [Finding("FAIL", what, f"{run_dir} is being trained by another process", cure)], False
+    try:
+        if manifest:
+            open_run(config, manifest)  # there is a config, so this only compares
+            CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)
+        done = newest_step(checkpoint_store(config))
+    except UserError as error:
+        return [of_error(what, error)], False
+    found = report(run_dir, LastStart(config, None, held=False), now)
+    return [_position(config, done, found)], done > 0 and (run_dir / TOKENIZER).is_dir()
+
+
+def _position(config: Config, done: int, found: RunReport) -> Finding:
+    what, steps = f"run {config.run_name}", f"{done} of {config.train.max_steps} steps"
+    if found.checkpoint and found.checkpoint.problem:
+        cure = "A start passes it over, if one before it is whole; its steps are repeated."
+        return Finding("warn", what, f"the newest checkpoint is damaged: {found.checkpoint.problem}", cure)
+    if done >= config.train.max_steps:
+        cure = "There is nothing to do; --train.max-steps trains on, --run begins another one."
+        return Finding("note", what, f"finished, {steps}", cure)
+    return Finding("ok", what, f"goes on after {steps}" if done else f"begins at step 0 in {config.run_dir}")
+
+
+def look_at_checkpoint_disk(config: Config, machine: Machine, latent_shape: tuple[int, int, int]) -> list[Finding]:
+    """The disk of the run folder, and that of its checkpoints where they go elsewhere."""
+    try:
+        each = BYTES_OF_STATE * parameters(config.model, latent_shape)
+        store = checkpoint_store(config)
+        more = checkpoints_left(config, newest_step(store)) * each
+    except UserError as error:
+        return [of_error("checkpoints", error)]
+    place = config.train.checkpoint_dir
+    if not place:
+        return look_at_writing(machine, "runs", config.run_dir, "--runs-dir", more, each if more else 0)
+    found = look_at_writing(machine, "runs", config.run_dir, "--runs-dir", 0, 0)
+    storage = Storage(place)
+    if storage.is_local:
+        folder = existing(storage.folder)
+        return found + look_at_writing(machine, "checkpoints", folder, "--train.checkpoint-dir", more, each)
+    return [*found, Finding("ok", "checkpoints", f"{store.locate()} answers; {more / 1e9:,.1f} GB will be written")]
