@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-long lint torture bench-ingest bench-convert clean help
+.PHONY: demo test test-long test-ops lint torture bench-ingest bench-step bench-convert clean help
 
 help:
 	@echo "make demo            train a tiny model on generated videos, end to end, with a restart in the middle"
-	@echo "make test            lint, type check, and every test but the long ones"
+	@echo "make test            lint, type check, and every test but those of the next two"
 	@echo "make test-long       those: lost nodes, hanging ranks, full disks, a hundred epochs"
+	@echo "make test-ops        cluster files and monitoring, with their own checkers (installs about 1 GB into build/)"
 	@echo "make torture         kill a run KILLS=20 times at moments drawn from SEED=0, and compare it with an undisturbed one"
 	@echo "make bench-ingest   video loaders side by side (ARGS='--clips 2000 --rounds 3 --json FILE')"
+	@echo "make bench-step     the training step: the present script's, ours, ours compiled (ARGS='--precision fp32,bf16')"
 	@echo "make bench-convert  a real 1 GB shard of the earlier trainer: seconds, memory, bytes"
 	@echo "make clean          remove what the targets made (the environment too)"
 
@@ -35,6 +37,10 @@ test: lint
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
 
+test-ops: $(READY)
+	$(BIN)/python -m tests.ops.tools
+	$(BIN)/python -m pytest -m ops
+
 KILLS ?= 20
 SEED ?= 0
 torture: $(READY)
@@ -42,6 +48,9 @@ torture: $(READY)
 
 bench-ingest: $(READY)
 	$(BIN)/python tests/benchmarks/ingest $(ARGS)
+
+bench-step: $(READY)
+	$(BIN)/python tests/benchmarks/step.py $(ARGS)
 
 bench-convert: $(READY)
 	$(BIN)/python tests/benchmarks/convert.py $(ARGS)
