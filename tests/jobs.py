@@ -99,8 +99,8 @@ def until(true: Callable[[], object], command: Command, seconds: float = 120) ->
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row on which nobody listens."""
-    for first in range(23000, 32000, 50):
+    """The first of `count` ports in a row on which nobody listens; processes look in different places first."""
+    for first in range(23000 + 50 * (os.getpid() % 100), 32000, 50):
         try:
             for port in range(first, first + count):
                 with socket.socket() as probe:
