@@ -31,8 +31,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check fvlm ray_jobs tests
 	$(BIN)/mypy
 
+# Two at a time: most of them wait for Ray most of the time.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long

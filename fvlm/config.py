@@ -129,6 +129,9 @@ class ScaleConfig:
     """Go on with fewer ranks, down to so many, when the cluster has lost nodes, and with more when it has grown. 0: as
     many as `workers`, always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    strategy: Literal["replicate", "shard"] = "replicate"
+    """"replicate": every rank has the whole model. "shard": of the language model's layers each rank has a part, for
+    one that is too large otherwise; the same training, more traffic between ranks. Free to change between restarts."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for one rank, and threads it computes with where there is no GPU; the others decode."""
     max_failures: int = 3
@@ -272,6 +275,11 @@ def validate(config: Config) -> Config:
         data.lanes % workers == 0,
         f"--scale.workers {workers} does not divide --data.lanes {data.lanes}, so the ranks could not share the lanes "
         f"evenly. Numbers of workers that do: {_divisors(data.lanes)}.",
+    )
+    _require(
+        config.scale.strategy != "shard" or config.train.compile != "whole",
+        "--scale.strategy shard gathers each layer's weights when it runs, which one program for the whole step "
+        "(--train.compile whole) cannot contain. Use --train.compile layers.",
     )
     _require(
         config.scale.min_workers <= workers,

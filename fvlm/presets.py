@@ -28,7 +28,11 @@ def smollm2_360m() -> Config:
 
 
 def smollm2_1p7b() -> Config:
-    """joint_multifine's geometry with the 1.7B language model and the corrected labels."""
+    """joint_multifine's geometry with the 1.7B language model and the corrected labels.
+
+    Weights, gradients and AdamW's moments take 28 GB. Where a GPU has less, several can share the language model's:
+    `--scale.workers 4 --scale.strategy shard`.
+    """
     return Config(preset="smollm2_1p7b", model=ModelConfig(language="HuggingFaceTB/SmolLM2-1.7B-Instruct"))
 
 

@@ -23,10 +23,11 @@ from fvlm.train.loop import Hook, Run, train
 from fvlm.train.memory import out_of_memory, settle_memory, warm_up
 from fvlm.train.metrics import Clock, Metrics, Row
 from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.parallel import shard_decoder
 from fvlm.train.resume import Choice
 from fvlm.train.run_folder import TOKENIZER
 from fvlm.train.samples import Samples
-from fvlm.train.saver import Saver
+from fvlm.train.saver import Saver, ShardGiver
 from fvlm.train.sinks import JsonLines, Sink, TrainLog, Wandb
 from fvlm.train.step import compile_kind
 from fvlm.train.store import CheckpointStore
@@ -82,9 +83,10 @@ def train_on(
             return feed.lap() | (tell_damage(ledger, sinks) | saver.lap() if saver else {})
 
         logger = Logger(run, sinks, samples, lap)
-        hooks: list[Hook] = [logger, watch]
+        giver = ShardGiver(run)
+        hooks: list[Hook] = [logger, watch, saver or giver]
         if saver:
-            hooks += [saver, start_up.tell(sinks[0].note)]
+            hooks.append(start_up.tell(sinks[0].note))
         start_up.passed("for model and weights")
         batches = samples.of(on_device(map(collate, feed), place.device))
         try:
@@ -94,8 +96,7 @@ def train_on(
         if run.step < config.train.max_steps:
             logger.flush()
             with watch.long():
-                if saver:
-                    saver.save_now()
+                (saver or giver).save_now()
         if main:
             conclude(run, collate, sinks, int(lap()["ingest/corrupt"]))
 
@@ -138,6 +139,8 @@ def make_run(config: Config, manifest: Manifest, device: torch.device, store: Ch
     pretrained = choice.name is None  # otherwise the checkpoint has all weights
     model = build_model(config.model, manifest.spec.latent_shape, config.train.seed, pretrained).to(device)
     freeze_unreached(model, config)
+    if config.scale.strategy == "shard":
+        shard_decoder(model)
     optimizer = make_optimizer(model, config.optim)
     run = Run(config, Plan.of_config(manifest, config), model, optimizer, Metrics(config.train.ratio_window), Clock())
     if choice.name:

@@ -27,9 +27,10 @@ LAYERS = {
     "config": {"errors"},
     "presets": {"errors", "config"},
     "batch": {"errors"},
-    "model": {"errors", "files", "config", "batch"},
+    "ranks": set(),
+    "model": {"errors", "files", "config", "batch", "ranks"},
     "data": {"errors", "files", "config", "batch"},
-    "train": {"errors", "files", "config", "batch", "model", "data"},
+    "train": {"errors", "files", "config", "batch", "ranks", "model", "data"},
     "convert": {"errors", "files", "config", "presets", "batch", "model", "data", "train"},
     "checks": {"errors", "files", "config", "batch", "model", "data", "train"},
 }
@@ -122,7 +123,7 @@ OPTIONS = """
     --train.milestones --train.ratio-window --train.checkpoint-dir --train.max-skipped
     --train.compile --train.compile-cache --train.memory
     --scale.workers --scale.device --scale.cpus-per-worker --scale.max-failures --scale.hang-s
-    --scale.min-workers
+    --scale.min-workers --scale.strategy
     --log.wandb-project --log.wandb --log.samples --log.no-samples
 """.split()  # noqa: SIM905  (a list is four times as long)
 

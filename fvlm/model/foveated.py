@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed._functional_collectives import all_reduce  # differentiable, and can be compiled
 from transformers import PreTrainedModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
@@ -18,6 +18,7 @@ from fvlm.config import ModelConfig
 from fvlm.model.encoder import FoveatedEncoder, PatchCache
 from fvlm.model.language import read_sequences
 from fvlm.model.prediction import PredictionHead
+from fvlm.ranks import world_size
 
 VISUAL_STD = 0.14
 """Std of visual tokens and of the learned special tokens; about that of SmolLM2's token embeddings."""
@@ -113,8 +114,9 @@ def global_std(x: torch.Tensor) -> torch.Tensor:
     With one rank this is `torch.std`. With more, sums are all-reduced, and gradients too, so that a rank's tokens feel
     the losses of the others as they would in one large batch.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return x.std()
-    n = x.numel() * dist.get_world_size()
-    mean = all_reduce(x.sum()) / n
-    return torch.sqrt(all_reduce((x - mean).square().sum()) / (n - 1))
+    group, n = dist.group.WORLD, x.numel() * world_size()
+    assert group is not None  # there are several ranks
+    mean = all_reduce(x.sum(), "sum", group) / n
+    return torch.sqrt(all_reduce((x - mean).square().sum(), "sum", group) / (n - 1))

@@ -27,6 +27,7 @@ from fvlm.config import ObjectiveConfig
 from fvlm.model.encoder import PatchCache
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.language import cross_entropy_sum
+from fvlm.ranks import world_size
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,6 @@ def over_ranks(values: list[torch.Tensor]) -> list[torch.Tensor]:
     together = torch.stack(values)
     dist.all_reduce(together)
     return list((together / world_size()).unbind())
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def compute_losses(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,10 @@ class Run:
     step: int = 0
     """Finished steps: the cursor."""
 
-    def __post_init__(self) -> None:
-        self.take_step = Step(self.config, self.model, self.optimizer)
+    @functools.cached_property
+    def take_step(self) -> Step:
+        """Made when it is first asked for: that sets how the model runs, and hooks."""
+        return Step(self.config, self.model, self.optimizer)
 
     def restore(self, checkpoint: Path) -> None:
         """Go on where `checkpoint` left off. Raises UserError, and has changed nothing, when it is not of this run."""

@@ -18,6 +18,7 @@ from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.errors import UserError
 from fvlm.model.hub import build_model
+from fvlm.ranks import world_size
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.run_folder import CONFIG, read_began
 from fvlm.train.step import RECOMPUTED, Step, compile_kind
@@ -134,7 +135,7 @@ def settle_memory(config: Config, latent_shape: tuple[int, int, int], device: to
         free, clips = torch.cuda.mem_get_info(device)[0] * SPARE, clips_of_a_rank(config)
         while choice < len(modes) - 1 and estimate(with_memory(config, modes[choice]), latent_shape, clips).peak > free:
             choice += 1
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             furthest = torch.tensor(choice, device=device)
             dist.all_reduce(furthest, dist.ReduceOp.MAX)
             choice = int(furthest)

@@ -7,6 +7,7 @@ from torch import nn
 
 from fvlm.config import Config, OptimConfig
 from fvlm.model.foveated import FoveatedVLM
+from fvlm.train.tensor_parts import is_shard
 
 
 def freeze_unreached(model: FoveatedVLM, config: Config) -> None:
@@ -19,13 +20,16 @@ def freeze_unreached(model: FoveatedVLM, config: Config) -> None:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """One group: weight decay on everything, as the experiment has always run (biases and norms included).
+    """Weight decay on everything, as the experiment has always run (biases and norms included).
+
+    Shards are a group of their own, for no other reason than that a fused kernel takes tensors of one kind.
 
     Fused on a CPU too: only that kind can leave a step out without asking the host (`update`).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    kinds = ([p for p in parameters if is_shard(p) == sharded] for sharded in (False, True))
     return torch.optim.AdamW(
-        parameters,
+        [{"params": kind} for kind in kinds if kind],
         lr=learning_rate(0, config),
         betas=(config.beta1, config.beta2),
         eps=config.eps,

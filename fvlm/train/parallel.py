@@ -1,23 +1,30 @@
-"""Training on several ranks: the averaging of gradients, begun while the backward pass still makes them."""
+"""Training on several ranks: gradients averaged while others are made, and a language model in shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, share_comm_ctx
+from torch.distributed.tensor import DTensor
 
-from fvlm.model.objective import world_size
+from fvlm.model.blocks import Blocks, decoder_block
+from fvlm.model.foveated import FoveatedVLM
+from fvlm.ranks import world_size
+from fvlm.train.tensor_parts import is_shard
 
 BUCKET_ELEMENTS = 8 << 20
 """Gradients are all-reduced in buckets of about 32 MiB."""
 
 
 class GradientAverage:
-    """Makes every gradient its mean over all ranks.
+    """Makes every gradient its mean over all ranks; those of shards are left out, FSDP does them.
 
     Buckets are cut in reverse parameter order, which is about the order in which gradients come, and always at the same
     places: DistributedDataParallel rebuilds its buckets after the first step, which changes the order of summation
@@ -30,7 +37,7 @@ class GradientAverage:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], bucket_elements: int = BUCKET_ELEMENTS):
-        self._buckets = _cut(list(parameters), bucket_elements)
+        self._buckets = _cut([p for p in parameters if not is_shard(p)], bucket_elements)
         self._missing: list[set[nn.Parameter]] = []
         """Of each bucket, the parameters whose gradient the backward pass has not made yet; empty outside of one."""
         self._begun = 0
@@ -97,3 +104,55 @@ def _cut(parameters: list[nn.Parameter], elements: int) -> list[list[nn.Paramete
         buckets[-1].append(parameter)
         size += parameter.numel()
     return buckets
+
+
+def shard_decoder(model: FoveatedVLM) -> None:
+    """Give every rank its part of each layer of the language model, of its gradients and its moments (FSDP2).
+
+    For a language model that is too large to be on every rank, `scale.strategy` "shard". A layer's weights are gathered
+    when it runs and dropped again. They are gathered in float32, so results are those of whole layers. Everything else
+    stays on every rank. With one rank nothing is done.
+
+    A layer is reached by several passes, and autograd hands out its gradient when the backward pass has left the first
+    of them. Till then its parts are kept whole on every rank, in bfloat16 under autocast; so are autocast's copies of
+    the weights from the forward pass on. What is saved is the float32 weights, gradients and moments.
+    """
+    if world_size() == 1:
+        return
+    layers = list(model.llm.model.layers)
+    mesh = init_device_mesh(model.q_static.device.type, (world_size(),))
+    for layer in layers:
+        # Not "auto": nobody calls their parent, so each layer is a root to FSDP, and roots keep their weights.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    share_comm_ctx(layers)  # so that one is gathered while another runs
+
+
+def compiled_in_parts(model: FoveatedVLM, compiled: Blocks) -> Blocks:
+    """`compiled`, or, for a model whose decoder is in shards, what does the same: hooks that gather a layer's weights
+    cannot be inside of a program, so there each layer's own forward becomes one, which all layers share.
+    """
+    layers = list(model.llm.model.layers)
+    if not any(is_shard(p) for layer in layers for p in layer.parameters()):
+        return compiled
+    program = torch.compile(_forward, fullgraph=True, dynamic=False)
+    for layer in layers:
+        layer.forward = partial(program, layer)
+    return replace(compiled, decoder=decoder_block)
+
+
+def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale all gradients down to a global norm of `limit`, if they exceed it. -> the norm, the same on every rank."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    if not shards:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    replicated = [g for g in gradients if not is_shard(g)]
+    square = torch.nn.utils.get_total_norm(shards).square()
+    dist.all_reduce(square)
+    norm = (torch.nn.utils.get_total_norm(replicated).square() + square).sqrt()
+    torch._foreach_mul_(replicated + shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm

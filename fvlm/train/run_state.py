@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import fvlm
 from fvlm.config import Config, identity
 from fvlm.data.plan import Plan
 from fvlm.errors import UserError
+from fvlm.ranks import world_size
 from fvlm.train.metrics import Metrics, require_keys
 from fvlm.train.sinks import WANDB_ID
 
@@ -49,7 +49,7 @@ class RunState:
             metrics=metrics.state_dict(),
             trained_s=trained_s,
             wandb={"id": wandb_id.read_text().strip() if wandb_id.exists() else None, "step": step},
-            world_size=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+            world_size=world_size(),
             config=config.to_dict(),
             versions={"fvlm": fvlm.__version__, "torch": torch.__version__, "python": platform.python_version()},
         )

@@ -11,7 +11,7 @@ from typing import Self
 
 from fvlm.train.loop import Run, is_save_step
 from fvlm.train.metrics import Row, Scalars
-from fvlm.train.snapshot import Snapshot, Snapshots
+from fvlm.train.snapshot import Snapshot, Snapshots, give_shards
 from fvlm.train.store import CheckpointStore, prune
 
 
@@ -29,10 +29,10 @@ class Saved:
 class Saver:
     """Every `save_every` steps and at the end, a checkpoint: taken at once, written while training goes on.
 
-    For rank 0 alone. At most one is being written: the next waits for it, which counts as time that training was held.
-    What a person should know goes to `note`, always from the training thread. Put it after the hook that reads the
-    metrics, and use it in a `with` block: leaving that waits for the write in flight. What the writer ran into is
-    raised by the next step, or there (UserError: a full disk).
+    For rank 0 alone; the others have a `ShardGiver`. At most one is being written: the next waits for it, which counts
+    as time that training was held. What a person should know goes to `note`, always from the training thread. Put it
+    after the hook that reads the metrics, and use it in a `with` block: leaving that waits for the write in flight.
+    What the writer ran into is raised by the next step, or there (UserError: a full disk).
     """
 
     def __init__(self, run: Run, store: CheckpointStore, note: Callable[[str], None]):
@@ -126,3 +126,20 @@ class Saver:
             "checkpoint/write_s": saved.write_s,
         }
         self._note(f"saved {saved.name} in {saved.write_s:.1f} s; training was held for {1e3 * saved.stall_s:.0f} ms")
+
+
+class ShardGiver:
+    """What the other ranks have for a hook where rank 0 has its `Saver`: the shards that it lacks."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._newest = run.step
+
+    def after_step(self, step: int, scalars: Scalars) -> None:
+        if is_save_step(step, self._run.config):
+            self.save_now()
+
+    def save_now(self) -> None:
+        if self._newest != self._run.step:
+            give_shards(self._run.model, self._run.optimizer)
+            self._newest = self._run.step

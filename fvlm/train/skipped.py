@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from fvlm.config import Config
 from fvlm.errors import UserError
+from fvlm.ranks import world_size
 from fvlm.train.metrics import Row
 from fvlm.train.samples import ClipIds
 from fvlm.train.step_lines import StepLines, parsed_lines
@@ -81,8 +82,8 @@ def _json(value: float) -> float | str:
 
 def _of_all_ranks(mine: ClipIds) -> list[ClipIds]:
     """In the order of ranks, which is the order of the global batch."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return [mine]
-    of_ranks: list[Any] = [None] * dist.get_world_size()
+    of_ranks: list[Any] = [None] * world_size()
     dist.all_gather_object(of_ranks, mine)
     return of_ranks

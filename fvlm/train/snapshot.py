@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fvlm.train.state import Contents, random_generators, state_tensors
+from fvlm.train.tensor_parts import gathered, is_shard
 
 Tensors = dict[str, torch.Tensor]
 _ALIGNMENT = 64
@@ -57,11 +58,18 @@ class Snapshots:
         return True
 
     def take(self, step: int, state: Mapping[str, Any]) -> Snapshot:
-        """The contents of a checkpoint of this moment. `step` has been finished; `state` is what the run says."""
+        """The contents of a checkpoint of this moment. `step` has been finished; `state` is what the run says.
+
+        With shards the other ranks must give theirs now (`give_shards`).
+        """
         parameters, moments = state_tensors(self._model, self._optimizer)
         sources = _joined(parameters, moments)
         self._fit_buffers(sources)
-        names = {on_gpu: [n for n, t in sources.items() if t.is_cuda == on_gpu] for on_gpu in (False, True)}
+        for name in (n for n, t in sources.items() if is_shard(t)):
+            # One at a time, for there may be no memory for more. Before the others, whose copies wait for these.
+            self._buffers[name].copy_(gathered(sources[name]), non_blocking=True)
+        here = {name: tensor for name, tensor in sources.items() if not is_shard(tensor)}
+        names = {on_gpu: [n for n, t in here.items() if t.is_cuda == on_gpu] for on_gpu in (False, True)}
         for on_gpu, those in names.items():
             if those:
                 copy = self._copy_from_gpu if on_gpu else torch._foreach_copy_
@@ -106,6 +114,12 @@ class Snapshots:
         for (name, source), size, whole in zip(sources.items(), sizes, padded, strict=True):
             self._buffers[name] = block[begin : begin + size].view(source.dtype).view(source.shape)
             begin += whole
+
+
+def give_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The other ranks' part in a snapshot; nothing without shards."""
+    for tensor in _joined(*state_tensors(model, optimizer)).values():
+        gathered(tensor)
 
 
 def _joined(parameters: Tensors, moments: Tensors) -> Tensors:

@@ -6,7 +6,8 @@
         state.json             step, what a run says of itself (run_state.py), and size and SHA-256 of the two above;
                                its last line holds the SHA-256 of every byte before that line
 
-Nothing in it is a pickle. How it gets to a disk or an object store whole or not at all: store.py.
+It is the same for any number of ranks, whether each has the whole model or a part. Nothing in it is a pickle. How it
+gets to a disk or an object store whole or not at all: store.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import nn
 from fvlm.errors import UserError
 from fvlm.files import sha256_file
 from fvlm.train.tensor_file import TensorFile
+from fvlm.train.tensor_parts import gathered, part_like
 
 CHECKPOINT_VERSION = 2
 """1: without the last line, and without best values, W&B id and step, and world size. Still read."""
@@ -127,12 +129,15 @@ def random_generators() -> dict[str, torch.Tensor]:
 
 
 def contents_of(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Contents:
-    """The checkpoint of this moment. On the CPU it shares memory with model and optimizer: write it before a step."""
+    """The checkpoint of this moment. On the CPU it shares memory with model and optimizer: write it before a step.
+
+    With shards all ranks must make it together.
+    """
     parameters, moments = state_tensors(model, optimizer)
     return Contents(
         step,
-        {name: tensor.cpu() for name, tensor in parameters.items()},
-        {name: tensor.cpu() for name, tensor in moments.items()} | random_generators(),
+        {name: gathered(tensor).cpu() for name, tensor in parameters.items()},
+        {name: gathered(tensor).cpu() for name, tensor in moments.items()} | random_generators(),
         json.dumps(state),
     )
 
@@ -223,7 +228,7 @@ class StoredCheckpoint:
         parameters, tensors = self._model
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(part_like(tensors[name], parameter))
         if self._optimizer is None:
             return
         optimizer, packed = self._optimizer
@@ -273,7 +278,7 @@ def _pack_moments(
             )
         if kind not in MOMENTS or tensor.dtype != torch.float32:
             raise UserError(f"{path}: {key} ({tensor.dtype}) is none of AdamW's; they are {sorted(MOMENTS)}, float32.")
-        by_name.setdefault(name, {})[kind] = tensor
+        by_name.setdefault(name, {})[kind] = tensor if kind == "step" else part_like(tensor, parameters[name])
     index_of = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     trained = {name: index_of[id(p)] for name, p in parameters.items() if id(p) in index_of}
     if by_name.keys() != trained.keys():

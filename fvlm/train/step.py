@@ -16,7 +16,7 @@ from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.objective import Losses, compute_losses, read_losses, trained_losses
 from fvlm.train.metrics import Scalars
 from fvlm.train.optim import learning_rate, parameters_of, update
-from fvlm.train.parallel import GradientAverage
+from fvlm.train.parallel import GradientAverage, clip_gradients, compiled_in_parts
 
 RECOMPUTED: dict[str, tuple[str, ...]] = {
     "speed": (),
@@ -24,6 +24,10 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
     "small": ("patch", "query", "decoder"),
 }
 """Kinds of blocks whose inner results are not kept, for each `train.memory`."""
+
+
+MOST_PROGRAMS = 64
+"""Of one kind of block."""
 
 
 def is_reading(step: int, config: Config) -> bool:
@@ -49,7 +53,9 @@ def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
     if kind != "off":
         # Read by torch whenever it compiles; what lies there already is keyed by code, shapes, torch and chip.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.train.compile_cache).expanduser()))
-    blocks = Blocks().compiled() if kind == "layers" else Blocks()
+        # Lengths of captions times steps with readings and without: more than the eight that torch allows by default.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_PROGRAMS)
+    blocks = compiled_in_parts(model, Blocks().compiled()) if kind == "layers" else Blocks()
     model.encoder.blocks = blocks.recomputed(*RECOMPUTED.get(config.train.memory, ()))
     if kind != "whole":
         return compute_losses
@@ -92,7 +98,7 @@ def train_step(
         losses = losses_of(model, batch, config.objective, is_reading(step, config))
     parameters = parameters_of(optimizer)
     (average or GradientAverage(parameters)).backward(losses.loss)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip)
+    norm = clip_gradients(parameters, config.optim.grad_clip)
     out = scalars(losses, config.objective.lambda_recon) | {"train/grad_norm": norm.detach()}
     out["train/skipped"] = 1 - (out["train/loss"].isfinite() & out["train/grad_norm"].isfinite()).float()
     update(optimizer, out["train/skipped"])
