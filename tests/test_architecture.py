@@ -36,6 +36,12 @@ LAYERS = {
 }
 
 
+def test_what_a_rank_begins_with_leaves_transformers_for_later():
+    """Its import takes seconds, in which the ingest starts; and Ray Train's controller would import it too."""
+    code = "import sys, ray_jobs.rank; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
 def name_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
