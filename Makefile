@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test test-long test-ops lint torture bench-ingest bench-step bench-convert clean help
+.PHONY: demo test test-long test-ops lint torture bench-ingest bench-step bench-scale bench-convert clean help
 
 help:
 	@echo "make demo            train a tiny model on generated videos, end to end, with a restart in the middle"
@@ -14,6 +14,7 @@ help:
 	@echo "make torture         kill a run KILLS=20 times at moments drawn from SEED=0, and compare it with an undisturbed one"
 	@echo "make bench-ingest   video loaders side by side (ARGS='--clips 2000 --rounds 3 --json FILE')"
 	@echo "make bench-step     the training step: the present script's, ours, ours compiled (ARGS='--precision fp32,bf16')"
+	@echo "make bench-scale    1, 2 and 4 ranks side by side, against a prediction (ARGS='--paper': 1,000 GPUs, on paper)"
 	@echo "make bench-convert  a real 1 GB shard of the earlier trainer: seconds, memory, bytes"
 	@echo "make clean          remove what the targets made (the environment too)"
 
@@ -52,6 +53,9 @@ bench-ingest: $(READY)
 
 bench-step: $(READY)
 	$(BIN)/python tests/benchmarks/step.py $(ARGS)
+
+bench-scale: $(READY)
+	$(BIN)/python tests/benchmarks/scale $(ARGS)
 
 bench-convert: $(READY)
 	$(BIN)/python tests/benchmarks/convert.py $(ARGS)

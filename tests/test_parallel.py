@@ -15,20 +15,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_run import batches, make_batch, make_config, make_run
+from tiny_run import LATENT, batches, make_batch, make_config, make_run
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fvlm import presets
-from fvlm.config import validate
+from fvlm.config import Config, ScaleConfig, validate
 from fvlm.errors import UserError
+from fvlm.model.hub import build_model
 from fvlm.model.objective import compute_losses
 from fvlm.train.loop import Run
 from fvlm.train.loop import train as train_on
-from fvlm.train.optim import make_optimizer, parameters_of
+from fvlm.train.memory import LiveBytes, estimate, mock_batch
+from fvlm.train.optim import freeze_unreached, make_optimizer, parameters_of
 from fvlm.train.parallel import GradientAverage, clip_gradients, shard_decoder
 from fvlm.train.saver import Saver, ShardGiver
 from fvlm.train.state import contents_of, verify
-from fvlm.train.step import make_losses, train_step
+from fvlm.train.step import Step, make_losses, train_step
 from fvlm.train.store import LocalStore
 from fvlm.train.tensor_parts import gathered, is_shard
 
@@ -336,6 +339,45 @@ def test_ranks_that_hold_parts_train_as_those_that_hold_all(ranks, tmp_path, pre
     mine, theirs = ranks.all(2, work, tmp_path, "shard")
     assert unequal(mine[1], theirs[1]) == []
     assert_same_run(mine, ranks.all(2, work, tmp_path)[0])
+
+
+def small_demo(ranks: int, strategy: str) -> Config:
+    demo = presets.get("demo")
+    data = dataclasses.replace(demo.data, frame_size=56, num_frames=3, global_batch=2 * ranks)
+    return dataclasses.replace(demo, data=data, scale=ScaleConfig(workers=ranks, strategy=strategy))  # type: ignore[arg-type]
+
+
+def held(config: Config) -> tuple[int, int, int]:
+    """Bytes of this rank's weights, of its moments, and the most that lives in a step."""
+    model = build_model(config.model, LATENT, seed=0)
+    freeze_unreached(model, config)
+    if config.scale.strategy == "shard":
+        shard_decoder(model)
+    step = Step(config, model, make_optimizer(model, config.optim))
+    batch = mock_batch(config, LATENT, 2, model.llm.config.vocab_size)
+    step(batch, 0)
+    parameters = [local(p) for p in model.parameters()]
+    moments = [local(t) for state in step.optimizer.state.values() for t in state.values()]
+    live = LiveBytes()
+    for tensor in (*parameters, *model.buffers(), *moments):
+        live.add(tensor)
+    with live:
+        step(batch, 0)
+    return sum(p.nbytes for p in parameters), sum(t.nbytes for t in moments), live.peak
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_the_estimate_for_one_of_several_ranks_is_what_it_holds(ranks, strategy):
+    config = small_demo(2, strategy)
+    need = estimate(config, LATENT, clips=2)
+    for weights, moments, peak in ranks.all(2, held, config):
+        assert need.weights == pytest.approx(weights, rel=0.01)  # and a few buffers
+        assert need.optimizer == pytest.approx(moments, rel=0.01)
+        assert peak <= need.peak <= 1.1 * peak
 
 
 def save_as_a_run_does(folder: Path, strategy: str, stop: int, start: str | None = None) -> Tensors:

@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fvlm.batch import Batch
-from fvlm.config import Config
+from fvlm.config import Config, ScaleConfig
 from fvlm.errors import UserError
+from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.hub import build_model
 from fvlm.ranks import world_size
 from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.parallel import BUCKET_ELEMENTS
 from fvlm.train.run_folder import CONFIG, read_began
 from fvlm.train.step import RECOMPUTED, Step, compile_kind
 
@@ -54,7 +56,8 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
     """Of a step with readings on `clips` clips a rank, not compiled: a compiled one keeps less. Takes seconds.
 
     The step is run for real, but on tensors that have shapes and no contents (torch's fake tensors); what lives is
-    counted. Attention counts as a fused kernel.
+    counted. Attention counts as a fused kernel. Of several ranks each has a bucket of gradients twice, and with
+    `scale.strategy` "shard" less of the weights and moments; gradients count whole, see `shard_decoder`.
     """
     config = dataclasses.replace(
         config,
@@ -84,7 +87,25 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
             optimizer_state = live.now - weights
             live.peak = live.now
             step(batch, 0)
-    return Need(weights, optimizer_state, gradients, live.peak)
+    need = Need(weights, optimizer_state, gradients, live.peak)
+    return of_one_rank(need, model, config.scale) if config.scale.workers > 1 else need
+
+
+def of_one_rank(need: Need, model: FoveatedVLM, scale: ScaleConfig) -> Need:
+    """One rank's part of `need`, which is that of a rank alone."""
+    layers = [0]
+    if scale.strategy == "shard":
+        layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.llm.model.layers]
+    elsewhere = sum(layers) * (scale.workers - 1) // scale.workers
+    moments = 2 * elsewhere  # AdamW's
+    gathered = 2 * max(layers)  # one runs, the next one is on its way
+    bucket = min(need.gradients - sum(layers), BUCKET_ELEMENTS * 4)
+    return dataclasses.replace(
+        need,
+        weights=need.weights - elsewhere,
+        optimizer=need.optimizer - moments,
+        peak=need.peak - elsewhere - moments + gathered + bucket,
+    )
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What is left of a bare step's speed in a whole run: python tests/benchmarks/end_to_end.py [--rounds 3] [--steps 80]
+"""What is left of a bare step's speed in a whole run: python tests/benchmarks/end_to_end.py [--rounds 3] [--steps 80] [--clips 8]
 
 Bare: the step alone, in one process, on batches that lie decoded in memory. Run: `python -m ray_jobs.train` on the same
 clips, with ingest, metrics, logs and checkpoints. Both compute on so many threads, turn by turn; medians over laps of
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--clips", type=int, default=8, help="in a step")
     parser.add_argument("--threads", type=int, default=1, help="that the step computes on; the ingest has the others")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -57,13 +58,16 @@ def main() -> None:
             config = config_of(folder, f"round-{number}", args)
             run += laps_of_run(config)
             bare += laps_of_bare_step(config, manifest)
-    config = presets.demo()
-    speeds = {name: config.data.global_batch / statistics.median(laps) for name, laps in (("bare", bare), ("run", run))}
+    speeds = {name: args.clips / statistics.median(laps) for name, laps in (("bare", bare), ("run", run))}
     share = speeds["run"] / speeds["bare"]
     for name, speed in speeds.items():
-        print(f"{name:5} {speed:6.2f} clips/s, {1000 * config.data.global_batch / speed:5.0f} ms a step")
+        print(f"{name:5} {speed:6.2f} clips/s, {1000 * args.clips / speed:5.0f} ms a step")
     print(f"a whole run has {100 * share:.1f} % of the bare step's speed")
-    print(json.dumps({"clips_per_s": speeds, "share": share, "rounds": args.rounds, "threads": args.threads}))
+    print(
+        json.dumps(
+            {"clips_per_s": speeds, "share": share, "clips": args.clips, "rounds": args.rounds, "threads": args.threads}
+        )
+    )
 
 
 def config_of(folder: str, run: str, args: argparse.Namespace) -> Config:
@@ -72,7 +76,9 @@ def config_of(folder: str, run: str, args: argparse.Namespace) -> Config:
         config,
         run=run,
         runs_dir=str(Path(folder).resolve() / "runs"),
-        data=dataclasses.replace(config.data, path=str(Path(folder).resolve() / "data")),
+        data=dataclasses.replace(
+            config.data, path=str(Path(folder).resolve() / "data"), global_batch=args.clips, lanes=args.clips
+        ),
         train=dataclasses.replace(config.train, max_steps=args.steps, log_every=LAP),
         scale=dataclasses.replace(config.scale, cpus_per_worker=float(args.threads)),
     )
@@ -83,6 +89,7 @@ def laps_of_run(config: Config) -> list[float]:
     options = {
         "data.path": config.data.path, "runs-dir": config.runs_dir, "run": config.run, "log.wandb": "off",
         "train.max-steps": config.train.max_steps, "train.log-every": LAP,
+        "data.global-batch": config.data.global_batch, "data.lanes": config.data.lanes,
         "scale.cpus-per-worker": config.scale.cpus_per_worker,
     }  # fmt: skip
     words = itertools.chain.from_iterable((f"--{key}", str(value)) for key, value in options.items())
