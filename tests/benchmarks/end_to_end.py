@@ -1,4 +1,4 @@
-"""What is left of a bare step's speed in a whole run: python tests/benchmarks/end_to_end.py [--rounds 3] [--steps 80] [--clips 8]
+"""What is left of a bare step's speed in a whole run: python tests/benchmarks/end_to_end.py [--help]
 
 Bare: the step alone, in one process, on batches that lie decoded in memory. Run: `python -m ray_jobs.train` on the same
 clips, with ingest, metrics, logs and checkpoints. Both compute on so many threads, turn by turn; medians over laps of
@@ -8,11 +8,9 @@ ten steps, the first two laps left out. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import write_dataset
+from demo_run import LAP, LEFT_OUT, demo_config, laps, train
 
-from fvlm import presets
 from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.data.collate import Collator
@@ -35,10 +33,7 @@ from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.model.hub import build_model
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.run_folder import TOKENIZER
-from fvlm.train.sinks import METRICS
 from fvlm.train.step import Step
-
-LAP, LEFT_OUT = 10, 2
 
 
 def main() -> None:
@@ -55,49 +50,15 @@ def main() -> None:
         write_dataset(Path(folder) / "data", clips=160, frame_size=112, rows_per_row_group=8)
         manifest = read_manifest(Path(folder).resolve() / "data")
         for number in range(args.rounds):
-            config = config_of(folder, f"round-{number}", args)
-            run += laps_of_run(config)
+            config = demo_config(Path(folder).resolve(), f"round-{number}", args.steps, args.clips, 1, args.threads)
+            run += laps(train(config))
             bare += laps_of_bare_step(config, manifest)
-    speeds = {name: args.clips / statistics.median(laps) for name, laps in (("bare", bare), ("run", run))}
+    speeds = {name: args.clips / statistics.median(seconds) for name, seconds in (("bare", bare), ("run", run))}
     share = speeds["run"] / speeds["bare"]
     for name, speed in speeds.items():
         print(f"{name:5} {speed:6.2f} clips/s, {1000 * args.clips / speed:5.0f} ms a step")
     print(f"a whole run has {100 * share:.1f} % of the bare step's speed")
-    print(
-        json.dumps(
-            {"clips_per_s": speeds, "share": share, "clips": args.clips, "rounds": args.rounds, "threads": args.threads}
-        )
-    )
-
-
-def config_of(folder: str, run: str, args: argparse.Namespace) -> Config:
-    config = presets.demo()
-    return dataclasses.replace(
-        config,
-        run=run,
-        runs_dir=str(Path(folder).resolve() / "runs"),
-        data=dataclasses.replace(
-            config.data, path=str(Path(folder).resolve() / "data"), global_batch=args.clips, lanes=args.clips
-        ),
-        train=dataclasses.replace(config.train, max_steps=args.steps, log_every=LAP),
-        scale=dataclasses.replace(config.scale, cpus_per_worker=float(args.threads)),
-    )
-
-
-def laps_of_run(config: Config) -> list[float]:
-    """Seconds a step of each lap, from the run's own metrics, waiting for data and all hooks included."""
-    options = {
-        "data.path": config.data.path, "runs-dir": config.runs_dir, "run": config.run, "log.wandb": "off",
-        "train.max-steps": config.train.max_steps, "train.log-every": LAP,
-        "data.global-batch": config.data.global_batch, "data.lanes": config.data.lanes,
-        "scale.cpus-per-worker": config.scale.cpus_per_worker,
-    }  # fmt: skip
-    words = itertools.chain.from_iterable((f"--{key}", str(value)) for key, value in options.items())
-    subprocess.run(
-        [sys.executable, "-m", "ray_jobs.train", "demo", *words], check=True, stdout=subprocess.DEVNULL, timeout=900
-    )
-    rows = [json.loads(line) for line in (config.run_dir / METRICS).read_text().splitlines()]
-    return [row["train/step_time"] for row in rows if "train/step_time" in row][LEFT_OUT:]
+    print(json.dumps({"clips_per_s": speeds, "share": share} | vars(args)))
 
 
 def laps_of_bare_step(config: Config, manifest: Manifest) -> list[float]:
@@ -106,14 +67,14 @@ def laps_of_bare_step(config: Config, manifest: Manifest) -> list[float]:
     freeze_unreached(model, config)
     step = Step(config, model, make_optimizer(model, config.optim))
     batches = itertools.cycle(decoded(config, manifest))
-    laps = []
+    seconds = []
     for lap in range(config.train.max_steps // LAP):
         begin = time.perf_counter()
         for number in range(lap * LAP, (lap + 1) * LAP):
             scalars = step(next(batches), number)
         float(scalars["train/loss"])
-        laps.append((time.perf_counter() - begin) / LAP)
-    return laps[LEFT_OUT:]
+        seconds.append((time.perf_counter() - begin) / LAP)
+    return seconds[LEFT_OUT:]
 
 
 def decoded(config: Config, manifest: Manifest) -> list[Batch]:

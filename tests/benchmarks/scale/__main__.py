@@ -17,23 +17,20 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import write_dataset
+from demo_run import demo_config, laps, train
+from figures import measure
 from jobs import free_ports
 from law import Cluster, forecast, seconds_a_step
-from parts import measure
 
-from fvlm import presets
-from fvlm.config import Config
 from fvlm.train.parallel import BUCKET_ELEMENTS
-from fvlm.train.sinks import METRICS
 
-LAP, LEFT_OUT = 10, 2
 GPUS = (1, 2, 4, 8, 64, 1000)
 DAY_S = 24 * 3600
 
@@ -61,24 +58,24 @@ def main() -> None:
 def on_this_machine(args: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     rank_counts = [int(word) for word in args.ranks.split(",")]
-    laps: dict[int, list[float]] = {ranks: [] for ranks in rank_counts}
+    timed: dict[int, list[float]] = {ranks: [] for ranks in rank_counts}
     losses: dict[int, list[float]] = {}
     Path("build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="build") as folder:
         root = Path(folder).resolve()
         write_dataset(root / "data", clips=160, frame_size=112, rows_per_row_group=8)
         for number, ranks in itertools.product(range(args.rounds), rank_counts):
-            config = config_of(root, f"{ranks}-ranks-{number}", ranks, args.steps)
+            config = demo_config(root, f"{ranks}-ranks-{number}", args.steps, ranks=ranks)
             rows = train(config)
-            laps[ranks] += [row["train/step_time"] for row in rows if "train/step_time" in row][LEFT_OUT:]
+            timed[ranks] += laps(rows)
             losses[ranks] = [row["train/loss"] for row in rows]
-            print(f"{config.run}: {1000 * statistics.median(laps[ranks]):.0f} ms a step", flush=True)
+            print(f"{config.run}: {1000 * statistics.median(timed[ranks]):.0f} ms a step", flush=True)
         parts = measure(config, rank_counts, cores, lambda: free_ports(1))
     print(f"\non {cores} cores, by themselves: {parts}\n")
     print("ranks  ms a step  predicted    off  clips/s  times one  loss, off from one rank's")
-    rows, one = [], statistics.median(laps[rank_counts[0]])
+    rows, one = [], statistics.median(timed[rank_counts[0]])
     for ranks in rank_counts:
-        seconds = statistics.median(laps[ranks])
+        seconds = statistics.median(timed[ranks])
         predicted = seconds_a_step(parts, ranks, config.data.global_batch, cores)
         off = max(abs(a / b - 1) for a, b in zip(losses[ranks], losses[rank_counts[0]], strict=True))
         rows.append({"ranks": ranks, "step_s": seconds, "predicted_s": predicted, "loss_off": off})
@@ -87,31 +84,6 @@ def on_this_machine(args: argparse.Namespace) -> None:
             f"{config.data.global_batch / seconds:8.2f} {one / seconds:10.2f}  {off:.1e}"
         )
     print(json.dumps({"cores": cores, "rounds": args.rounds, "parts": dataclasses.asdict(parts), "runs": rows}))
-
-
-def config_of(root: Path, run: str, ranks: int, steps: int) -> Config:
-    config = presets.demo()
-    return dataclasses.replace(
-        config,
-        run=run,
-        runs_dir=str(root / "runs"),
-        data=dataclasses.replace(config.data, path=str(root / "data")),
-        train=dataclasses.replace(config.train, max_steps=steps, log_every=LAP),
-        scale=dataclasses.replace(config.scale, workers=ranks),
-    )
-
-
-def train(config: Config) -> list[dict[str, float]]:
-    """The rows of a whole run, as a user starts it."""
-    options = {
-        "data.path": config.data.path, "runs-dir": config.runs_dir, "run": config.run, "log.wandb": "off",
-        "train.max-steps": config.train.max_steps, "train.log-every": LAP, "scale.workers": config.scale.workers,
-    }  # fmt: skip
-    words = itertools.chain.from_iterable((f"--{key}", str(value)) for key, value in options.items())
-    subprocess.run(
-        [sys.executable, "-m", "ray_jobs.train", "demo", *words], check=True, stdout=subprocess.DEVNULL, timeout=1200
-    )
-    return [json.loads(line) for line in (config.run_dir / METRICS).read_text().splitlines()]
 
 
 def on_paper(args: argparse.Namespace) -> None:
