@@ -122,6 +122,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation within a run. It changes nothing in the training, so all of it is free to change between restarts."""
+
+    path: str = ""
+    """A prepared dataset of held-out clips: a folder, s3://bucket/path or gs://bucket/path. Empty: no held-out losses,
+    and the pictures are of training clips."""
+    every: int = 2_000
+    """Steps from one evaluation to the next; there is one after the last step too. 0: never."""
+    clips: int = 256
+    """Held-out clips that are looked at, the same every time: as many whole global batches as there are in so many."""
+    pictures: int = 4
+    """Clips of which each evaluation draws a picture: gaze, caption, predicted frames. No more than `global_batch`."""
+
+
+@dataclass(frozen=True)
 class ScaleConfig:
     workers: int = 1
     """Ranks. Free to change between restarts."""
@@ -168,6 +183,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -238,10 +254,11 @@ ABOVE_ZERO = """
     data.num_frames data.frame_size data.lanes data.window_steps data.max_caption_tokens data.cache_gb
     objective.fine_iterations objective.coarse_every optim.lr optim.grad_clip
     train.max_steps train.log_every train.save_every train.keep_last train.ratio_window train.max_skipped scale.workers
+    eval.clips
 """.split()  # noqa: SIM905  (a list is four times as long)
 NOT_NEGATIVE = """
     optim.warmup_steps optim.weight_decay objective.lambda_recon data.global_batch data.decode_threads data.max_corrupt
-    scale.min_workers scale.max_failures scale.hang_s scale.cpus_per_worker
+    eval.every eval.pictures scale.min_workers scale.max_failures scale.hang_s scale.cpus_per_worker
 """.split()  # noqa: SIM905
 
 
@@ -253,7 +270,8 @@ def validate(config: Config) -> Config:
     for key in NOT_NEGATIVE:
         _require(values[key] >= 0, f"--{key.replace('_', '-')} is {values[key]}; it must not be negative.")
     checkpoint_dir = config.train.checkpoint_dir
-    for key, place in {"data.path": data.path, "train.checkpoint-dir": checkpoint_dir}.items():
+    places = {"data.path": data.path, "eval.path": config.eval.path, "train.checkpoint-dir": checkpoint_dir}
+    for key, place in places.items():
         _require(
             not urlsplit(place).password,
             f"--{key} holds a secret, which would be stored with the run, shown in W&B and in lists of jobs. Leave it "

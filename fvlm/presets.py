@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from fvlm.config import Config, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from fvlm.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 
 def joint_multifine() -> Config:
@@ -37,7 +46,10 @@ def smollm2_1p7b() -> Config:
 
 
 def demo() -> Config:
-    """A tiny model on small frames: minutes on two CPU cores, every part of the real run."""
+    """A tiny model on small frames: minutes on two CPU cores, every part of the real run.
+
+    No evaluation but where it is asked for, as `ray_jobs.demo` does: it takes as long as many of these steps.
+    """
     return Config(
         preset="demo",
         model=ModelConfig(vision="tiny-dinov2", language="tiny-llama", init="random", query_width=96),
@@ -45,6 +57,7 @@ def demo() -> Config:
         data=DataConfig(frame_size=112, global_batch=8, lanes=8, window_steps=8, max_caption_tokens=24),
         optim=OptimConfig(lr=1e-3, warmup_steps=20),
         train=TrainConfig(max_steps=160, precision="fp32", log_every=5, save_every=50, milestones=(), ratio_window=20),
+        eval=EvalConfig(every=0),
         log=LogConfig(wandb_project="fvlm-demo"),
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from fvlm.config import Config
 from fvlm.data.storage import is_uri
 from fvlm.errors import UserError
 from fvlm.files import fsync_dir, write_atomic
+from ray_jobs.options import parse
 
 COMMAND = "command.json"
 HELD = "held"
@@ -22,8 +25,9 @@ def absolute(config: Config) -> Config:
         raise UserError("--data.path is missing: the folder of a prepared dataset, as the cluster's nodes see it.")
     path, cache_dir = _absolute(config.data.path), _absolute(config.data.cache_dir)
     data = dataclasses.replace(config.data, path=path, cache_dir=cache_dir)
+    held_out = dataclasses.replace(config.eval, path=_absolute(config.eval.path))
     runs_dir, imported = _absolute(config.runs_dir), _absolute(config.import_checkpoint)
-    return dataclasses.replace(config, data=data, runs_dir=runs_dir, import_checkpoint=imported)
+    return dataclasses.replace(config, data=data, eval=held_out, runs_dir=runs_dir, import_checkpoint=imported)
 
 
 def _absolute(path: str) -> str:
@@ -35,6 +39,8 @@ def with_paths(args: list[str], config: Config) -> list[str]:
     paths = ["--data.path", config.data.path, "--runs-dir", config.runs_dir]
     if config.data.cache_dir:
         paths += ["--data.cache-dir", config.data.cache_dir]
+    if config.eval.path:
+        paths += ["--eval.path", config.eval.path]
     if config.import_checkpoint:
         paths += ["--import-checkpoint", config.import_checkpoint]
     return args if args[-len(paths) :] == paths else [*args, *paths]
@@ -64,6 +70,15 @@ def remembered(run_dir: Path) -> list[str] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}). Start the run once by hand; that writes it anew.") from error
     return args
+
+
+def valid_now(args: list[str]) -> Config | str:
+    """The config of remembered options, or what this version of the code has against them."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            return parse(args)
+        except (SystemExit, UserError) as error:
+            return said.getvalue().strip() or str(error)
 
 
 def hold(run_dir: Path) -> None:

@@ -187,7 +187,7 @@ def _convert_parts(config: ConvertConfig, conversion: Conversion, sources: list[
     if not todo:
         return 0
     work = functools.partial(_convert_part, conversion, config.out)
-    rows = as_tasks(PartTask(work), _items(sources, todo), config.tasks)
+    rows = as_tasks(PartTask(work), _items(sources, todo), config.tasks, "convert part")
     return sum(row["clips"] for row in follow(rows, len(sources), len(sources) - len(todo)))
 
 
@@ -203,7 +203,7 @@ def _verify(config: ConvertConfig, conversion: Conversion, sources: list[list[Pa
     print("verifying: everything is read back and compared with the source", flush=True)
     # what the conversion reported must not end the comparison
     work = functools.partial(_verify_part, dataclasses.replace(conversion, strict=False), config.out)
-    rows = as_tasks(PartTask(work), _items(sources, list(range(len(sources)))), config.tasks)
+    rows = as_tasks(PartTask(work), _items(sources, list(range(len(sources)))), config.tasks, "verify part")
     compared = [(row["clips"], json.loads(row["figures"])) for row in follow(rows, len(sources))]
     clips = sum(clips for clips, _ in compared)
     rejected = sum(figures["rejected"] for _, figures in compared)

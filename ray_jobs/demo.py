@@ -7,32 +7,25 @@ table and two pictures. Every part is the real one; only the model and the frame
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import torch
 import tyro
 
 from fvlm import presets
 from fvlm.config import Config
-from fvlm.data.collate import Collator
-from fvlm.data.plan import Plan
-from fvlm.data.read import BlockReader, ClipReader
-from fvlm.data.shards import read_manifest
 from fvlm.data.synthetic import write_videos
-from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.errors import UserError
-from fvlm.model.generate import gaze, generate_captions
-from fvlm.model.hub import build_model
-from fvlm.model.objective import compute_losses
 from fvlm.train.metrics import RATIOS
-from fvlm.train.pictures import plot_curves, plot_gaze
-from fvlm.train.run_folder import TOKENIZER, latest_checkpoint
-from fvlm.train.sinks import METRICS
-from fvlm.train.state import load_checkpoint
+from fvlm.train.pictures import plot_curves
+from fvlm.train.run_folder import PICTURES, latest_checkpoint
+from fvlm.train.sinks import EVALS, METRICS
 from ray_jobs.cli import run_command
 
 
@@ -56,12 +49,13 @@ def main() -> None:
     held_out_data = make_dataset(out / "held-out", demo.held_out, seed=1)
     config = presets.get("demo", runs_dir=str(out / "runs"))
     command = ["train", "demo", "--data.path", str(train_data), "--runs-dir", str(out / "runs"),
-               "--train.max-steps", str(demo.steps)]  # fmt: skip
+               "--train.max-steps", str(demo.steps), "--eval.path", str(held_out_data),
+               "--eval.every", str(demo.steps // 2)]  # fmt: skip
     if latest_checkpoint(config.run_dir) is None:
         kill_in_the_middle(command, config.run_dir / METRICS, demo.steps // 2 + config.train.log_every)
         say("starting the same command again: it resumes from the last checkpoint, without a flag")
     job(*command)
-    show(config, held_out_data, out)
+    show(config, out)
     say(f"done in {time.monotonic() - began:.0f} s")
 
 
@@ -100,11 +94,12 @@ def last_step(metrics: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def show(config: Config, held_out: Path, out: Path) -> None:
+def show(config: Config, out: Path) -> None:
     """The table and the two pictures."""
-    rows = [json.loads(line) for line in (config.run_dir / METRICS).read_text().splitlines()]
-    held = evaluate(config, held_out, out / "gaze.png")
+    rows, evaluations = (read_rows(config.run_dir / name) for name in (METRICS, EVALS))
     plot_curves(config.run_dir, out / "curves.png")
+    held = evaluations[-1]
+    shutil.copy(config.run_dir / PICTURES / f"step-{held['step']:08d}-0.png", out / "gaze.png")
     first, last = rows[0], rows[-1]
     averages = {name: next(r[f"{name}_avg"] for r in reversed(rows) if f"{name}_avg" in r) for name in RATIOS}
     logged = [row for row in rows if "train/clips_per_s" in row]
@@ -115,49 +110,24 @@ def show(config: Config, held_out: Path, out: Path) -> None:
         ("reconstruction loss, first -> last step", f"{first['recon/loss_fine']:.4f} -> {last['recon/loss_fine']:.4f}"),
         ("caption ratio (coarse / fine), average", f"{averages['caption/ratio']:.4f}"),
         ("reconstruction ratio, average", f"{averages['recon/ratio']:.4f}"),
-        ("held out: caption loss, ratio", f"{held['caption']:.4f}, {held['caption_ratio']:.4f}"),
-        ("held out: reconstruction loss, ratio", f"{held['recon']:.4f}, {held['recon_ratio']:.4f}"),
-        ("clips/s, median", f"{median([r['train/clips_per_s'] for r in middle]):.1f}"),
-        ("data-wait share, median", f"{100 * median([r['train/data_wait'] for r in middle]):.1f} %"),
+        ("held out: caption loss, ratio", scores(held, "caption")),
+        ("held out: reconstruction loss, ratio", scores(held, "recon")),
+        ("clips/s, median", f"{median(r['train/clips_per_s'] for r in middle):.1f}"),
+        ("data-wait share, median", f"{100 * median(r['train/data_wait'] for r in middle):.1f} %"),
     ]
     width = max(len(name) for name, _ in table)
     print("\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in table))
     print(f"\n  curves: {out / 'curves.png'}\n  gaze:   {out / 'gaze.png'}\n  log:    {config.run_dir / 'train.log'}\n")
 
 
-def median(values: list[float]) -> float:
-    return float(torch.tensor(values).median())
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        raise UserError(f"{path} is missing: an earlier release made this run. Delete {path.parent}, or use --out.")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@torch.no_grad()
-def evaluate(config: Config, dataset: Path, png: Path) -> dict[str, float]:
-    """Losses and ratios on clips that were not trained on, and a picture of the first one's gaze."""
-    manifest = read_manifest(dataset)
-    model = build_model(config.model, manifest.spec.latent_shape, config.train.seed).eval()
-    checkpoint = latest_checkpoint(config.run_dir)
-    assert checkpoint is not None  # the run is finished
-    load_checkpoint(checkpoint, model)
-    data = config.data
-    tokenizer = CaptionTokenizer(load_tokenizer(config.run_dir / TOKENIZER), data.max_caption_tokens, data.train_eos)
-    reader = ClipReader(manifest, Plan.of_config(manifest, config), data.num_frames)
-    collate = Collator(manifest.spec, tokenizer)
-    sums = dict.fromkeys(("caption", "caption_coarse", "recon", "recon_coarse"), 0.0)
-    for raw in BlockReader(reader).steps(0, reader.plan.steps_per_epoch):
-        batch = collate(raw)
-        losses = compute_losses(model, batch, config.objective, readings=True)
-        for name, value in (
-            ("caption", losses.caption[-1]),
-            ("caption_coarse", losses.caption_coarse),
-            ("recon", losses.recon[-1]),
-            ("recon_coarse", losses.recon_coarse),
-        ):
-            sums[name] += float(value) / reader.plan.steps_per_epoch  # type: ignore[arg-type]  # readings are on
-    coarse, fine = gaze(model, batch.frames[:1], config.objective)
-    (said,) = generate_captions(model, batch.frames[:1], config.objective, data.max_caption_tokens, tokenizer.eos_id)
-    lines = [f"true: {raw['caption'][0]}", f"model: {tokenizer.decode(said)}"]
-    plot_gaze(batch.frames[0], coarse[0], fine[0], lines, png)
-    ratios = {f"{name}_ratio": sums[f"{name}_coarse"] / sums[name] for name in ("caption", "recon")}
-    return {"caption": sums["caption"], "recon": sums["recon"]} | ratios
+def scores(evaluation: dict[str, Any], name: str) -> str:
+    return f"{evaluation[f'eval/{name}/loss_fine']:.4f}, {evaluation[f'eval/{name}/ratio']:.4f}"
 
 
 def say(text: str) -> None:

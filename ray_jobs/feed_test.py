@@ -44,10 +44,13 @@ class Consumer:
         reader = ClipReader.of_config(manifest, Plan.of_config(manifest, config), config)
         share = share_of_one_rank(config, memory, on_gpu=config.scale.device != "cpu")
         raw = rank_batches(reader, share, rank, config.scale.workers, start, sys.maxsize)
-        self._threads = share.threads
+        self._threads, self._rank = share.threads, rank
         self._in_blocks = memory.blocks * memory.block_steps
         self._feed = Feed(raw, share, rank, corrupt=len)  # it counts what was replaced; there is no list to keep
         self._laps: list[Row] = []
+
+    def __repr__(self) -> str:
+        return f"feed test rank {self._rank}"
 
     def first(self) -> tuple[float, int]:
         """Take the first batch. -> seconds that it took, threads that decode"""

@@ -137,13 +137,16 @@ def _blocks(
     """One chapter through Ray Data."""
     _configure(DataContext.get_current(), share, rank)
     tasks = [windows[first : first + TASK_WINDOWS] for first in range(0, len(windows), TASK_WINDOWS)]
+    # Ray Data calls the actor and its tasks after the class. A registered name (`name=`) could be had by one run only.
+    named = type(f"ingest decode rank {rank}", (Decoder,), {})
     dataset = ray.data.range(len(tasks), override_num_blocks=len(tasks)).map_batches(
-        Decoder,
+        named,
         fn_constructor_args=(reader, share, rank, world, tasks),
         batch_size=None,
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),  # of two, the second may run first
     )
+    dataset.set_name(f"ingest rank {rank}")
     (iterator,) = dataset.streaming_split(1)
     yield from iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)  # type: ignore[arg-type]
 

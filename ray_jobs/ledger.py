@@ -13,13 +13,17 @@ from fvlm.data.corrupt import CorruptClip, CorruptList
 class Ledger:
     """Of one start: why a rank gave up, whether all are to stop, and the one writer of the list of damaged clips."""
 
-    def __init__(self, corrupt: CorruptList) -> None:
+    def __init__(self, run: str, corrupt: CorruptList) -> None:
+        self._run = run
         self._reason: str | None = None
         self._stop = asyncio.Event()
         self._nodes: set[str] = set()
         self._corrupt = corrupt
         self._news: list[CorruptClip] = []
         self._replaced = 0
+
+    def __repr__(self) -> str:
+        return f"ledger of {self._run}"
 
     async def replaced(self, clips: list[CorruptClip]) -> None:
         """Others stood in for these, on one rank. Raises UserError when too many are damaged."""

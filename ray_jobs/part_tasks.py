@@ -14,6 +14,7 @@ from fvlm.data import parts
 from fvlm.errors import UserError
 
 Rows = Generator[dict[str, Any], None, None]
+Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 PROGRESS_SECONDS = 5.0
 
@@ -26,10 +27,18 @@ def unfinished(out: Path, num_parts: int) -> list[int]:
     return todo
 
 
-def as_tasks(work: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]], tasks: int) -> Rows:
-    """Run `work` on every item, `tasks` at a time (0: as many as there are CPUs): a row of figures as each is done."""
+def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str) -> Rows:
+    """Run `work` on every item, `tasks` at a time (0: as many as there are CPUs): a row of figures as each is done.
+
+    name: of the tasks, in the dashboard
+    """
     dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one block, so one task, an item
-    done = dataset.map_batches(work, batch_size=1, compute=ray.data.TaskPoolStrategy(size=tasks or None), num_cpus=1)
+
+    def task(batch: dict[str, Any]) -> dict[str, Any]:
+        return work(batch)
+
+    task.__name__ = name  # after which Ray Data calls them
+    done = dataset.map_batches(task, batch_size=1, compute=ray.data.TaskPoolStrategy(size=tasks or None), num_cpus=1)
     yield from done.iter_rows()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ray.util.metrics import Gauge
 
 from fvlm.train.metrics import Row
+from fvlm.train.sinks import Picture
 
 
 class RayMetrics:
@@ -15,7 +16,13 @@ class RayMetrics:
         self._gauges: dict[str, Gauge] = {}
 
     def write(self, rows: list[Row], latest: Row) -> None:
-        for name, value in latest.items():
+        self._set(latest)
+
+    def evaluated(self, row: Row, pictures: list[Picture]) -> None:
+        self._set({name: value for name, value in row.items() if name != "step"} | {"eval/step": row["step"]})
+
+    def _set(self, row: Row) -> None:
+        for name, value in row.items():
             gauge_name = "fvlm_" + name.replace("/", "_")
             if gauge_name not in self._gauges:
                 gauge = Gauge(gauge_name, description=f"fvlm: {name}", tag_keys=("run",))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import logging
 import sys
 import time
@@ -17,11 +15,11 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from fvlm.config import Config
 from fvlm.data.storage import is_uri
 from fvlm.errors import UserError
-from fvlm.train.run_folder import CONFIG, LOCK, exclusive
+from fvlm.train.run_folder import CONFIG
+from fvlm.train.run_report import is_locked
 from fvlm.train.store import checkpoint_store, newest_step
 from ray_jobs.cli import run_command
-from ray_jobs.command import COMMAND, HELD, hold, release, remembered
-from ray_jobs.options import parse
+from ray_jobs.command import COMMAND, HELD, hold, release, remembered, valid_now
 from ray_jobs.submit import (
     RETRY_S,
     TRIES,
@@ -143,7 +141,11 @@ def examine(folder: Path) -> Unfinished | str:
     args = remembered(folder)
     if args is None:
         return f"left alone: it has no {COMMAND}; starting it once by hand writes one"
-    config = parse_remembered(folder, args)
+    config = valid_now(args)
+    if isinstance(config, str):
+        raise UserError(
+            f"{folder / COMMAND}: its options are not valid now: {config}\nStart the run by hand with others."
+        )
     if config.run_dir != folder.resolve():
         return f"left alone: its last start trained {config.run_dir}, so it was copied or moved; start it by hand"
     steps = newest_step(checkpoint_store(config))
@@ -154,29 +156,6 @@ def examine(folder: Path) -> Unfinished | str:
     if is_locked(folder):
         return "running: a process trains it"
     return Unfinished(config, args, steps)
-
-
-def parse_remembered(folder: Path, args: list[str]) -> Config:
-    """Raises UserError when this version of the code does not take the options."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            return parse(args)
-        except (SystemExit, UserError) as error:
-            reason = said.getvalue().strip() or error
-            raise UserError(
-                f"{folder / COMMAND}: its options are not valid now: {reason}\nStart the run by hand with others."
-            ) from error
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process trains the run now, as a job or not."""
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with exclusive(folder):
-            return False
-    except UserError:
-        return True
 
 
 def go_on(client: JobSubmissionClient, run: Unfinished, dry_run: bool, deadline: float) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import logging
 import os
@@ -19,8 +17,7 @@ from fvlm.errors import UserError
 from fvlm.train.metrics import duration
 from fvlm.train.run_report import STATES, LastStart, RunReport, began_config, report
 from ray_jobs.cli import run_command
-from ray_jobs.command import COMMAND, HELD, remembered
-from ray_jobs.options import parse
+from ray_jobs.command import COMMAND, HELD, remembered, valid_now
 
 STATE_WORDS = "\n".join(f"  {state:9} {meaning}" for state, meaning in STATES.items())
 HELP = f"""
@@ -88,7 +85,9 @@ def last_start(folder: Path) -> tuple[LastStart, list[str]]:
             remarks.append(f"it has no {COMMAND}: figures are of the config that it began with")
         else:
             at = (folder / COMMAND).stat().st_mtime
-            config = parse_quietly(folder, args)
+            config = valid_now(args)
+            if isinstance(config, str):
+                raise UserError(f"{folder / COMMAND}: its options are not valid now; start the run by hand with others")
             if config.run_dir != folder.resolve():
                 remarks.append(f"a copy: its last start trained {config.run_dir}")
             return LastStart(config, at, held), remarks
@@ -98,17 +97,6 @@ def last_start(folder: Path) -> tuple[LastStart, list[str]]:
         return LastStart(began_config(folder), at, held), remarks
     except UserError:  # the report says so
         return LastStart(None, at, held), remarks
-
-
-def parse_quietly(folder: Path, args: list[str]) -> Config:
-    """Raises UserError when this version of the code does not take the options."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            return parse(args)
-        except (SystemExit, UserError) as error:
-            raise UserError(
-                f"{folder / COMMAND}: its options are not valid now; start the run by hand with others"
-            ) from error
 
 
 # ---- for people

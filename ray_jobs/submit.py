@@ -27,6 +27,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from fvlm import presets
 from fvlm.config import Config
 from fvlm.errors import UserError
+from fvlm.train.store import LocalStore, checkpoint_store, newest_step
+from fvlm.train.wandb_sink import COMMIT
 from ray_jobs.cli import run_command
 from ray_jobs.command import absolute, with_paths
 from ray_jobs.options import parse
@@ -158,12 +160,15 @@ def submit(client: JobSubmissionClient, config: Config, args: list[str]) -> str:
     for left in reversed(range(TRIES)):
         try:
             job = next_attempt(client, config)
+            known = metadata(config)
+            # A node remembers for ten minutes that an environment could not be set up; so each has its own. W&B asks
+            # for the commit, which the copy of the code no longer knows.
+            variables = ENVIRONMENT | {"FVLM_JOB": job, COMMIT: known.get("commit", "")}
             return client.submit_job(
                 entrypoint=entrypoint(config, args),
                 submission_id=job,
-                # A node remembers for ten minutes that an environment could not be set up; so each has its own.
-                runtime_env={"working_dir": str(PROJECT), "env_vars": ENVIRONMENT | {"FVLM_JOB": job}},
-                metadata=metadata(config),
+                runtime_env={"working_dir": str(PROJECT), "env_vars": variables},
+                metadata=known,
             )
         except RuntimeError:  # the id was taken a moment ago, or the cluster is not ready yet
             if left == 0:
@@ -209,10 +214,25 @@ def metadata(config: Config) -> dict[str, str]:
         "run": config.run_name,
         "run_dir": run_dir(config),
         "preset": config.preset,
+        "step": begun_at(config),
+        "steps": str(config.train.max_steps),
         "config": hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest()[:12],
         "commit": commit(),
     }
     return {key: value for key, value in known.items() if value}
+
+
+def begun_at(config: Config) -> str:
+    """The finished step that the job goes on from, '0' for a new run; '' where that cannot be seen from here at once.
+
+    Runs may lie in a folder that only the cluster's nodes have, and the keys of an object store are theirs too.
+    """
+    store = checkpoint_store(config)
+    if isinstance(store, LocalStore):
+        of_all_runs = store.root.parent if config.train.checkpoint_dir else store.root.parents[1]
+        with contextlib.suppress(OSError):
+            return str(newest_step(store)) if of_all_runs.is_dir() else ""
+    return ""
 
 
 def commit() -> str:

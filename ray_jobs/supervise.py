@@ -118,7 +118,7 @@ class Start:
     def run(self, stop: StopRequest, note: Callable[[str], None]) -> Failure | None:
         """Returns when the ranks have ended: None, or what Ray says of their failure. Raises UserError."""
         corrupt = CorruptList(self.config.run_dir, self.manifest.num_clips, self.config.data.max_corrupt)
-        ledger = Ledger.remote(corrupt)  # type: ignore[attr-defined]
+        ledger = Ledger.remote(self.config.run_name, corrupt)  # type: ignore[attr-defined]
         thread = threading.Thread(target=self._fit, args=(ledger,), daemon=True)
         thread.start()
         told, look_at = False, time.monotonic() + LOOK_S
@@ -162,7 +162,7 @@ class Start:
                 resources_per_worker={"CPU": config.scale.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {}),
             ),
             run_config=RunConfig(
-                name=f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                name=f"{config.run_name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),

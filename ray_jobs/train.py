@@ -27,6 +27,7 @@ from fvlm.data.storage import is_uri
 from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
 from fvlm.errors import Damaged, UserError
 from fvlm.model.hub import vocabulary_size
+from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import settle_batch
 from fvlm.train.run_folder import TOKENIZER, exclusive, open_run
 from fvlm.train.sinks import TRAIN_LOG, TrainLog
@@ -77,13 +78,14 @@ def settle(config: Config) -> Config:
 
 
 def settle_paths(config: Config) -> Config:
-    """The config with a cache folder that is the same in every process: ranks do not run in this one's folder.
+    """The config with folders that are the same in every process: ranks do not run in this one's folder.
 
     Raises UserError for a relative path in a submitted job.
     """
     paths = {
         "--data.path": config.data.path,
         "--data.cache-dir": config.data.cache_dir,
+        "--eval.path": config.eval.path,
         "--runs-dir": config.runs_dir,
         "--import-checkpoint": config.import_checkpoint,
     }
@@ -93,10 +95,16 @@ def settle_paths(config: Config) -> Config:
                 f"{key} {value!r} is relative, but a submitted job runs in a temporary copy of the code; "
                 "what it wrote there would be lost. Give an absolute path that all nodes see."
             )
-    if not config.data.cache_dir:
-        return config
-    cache_dir = str(Path(config.data.cache_dir).expanduser().absolute())
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=cache_dir))
+    data, held_out = config.data, config.eval
+    if data.cache_dir:
+        data = dataclasses.replace(data, cache_dir=absolute(data.cache_dir))
+    if held_out.path and not is_uri(held_out.path):
+        held_out = dataclasses.replace(held_out, path=absolute(held_out.path))
+    return dataclasses.replace(config, data=data, eval=held_out)
+
+
+def absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
 
 
 def cluster(config: Config, memory: IngestMemory) -> AbstractContextManager[None]:
@@ -130,14 +138,27 @@ def open_dataset(config: Config) -> Manifest:
     check_dataset(config, manifest)
     Plan.of_config(manifest, config)  # a dataset that does not fill one batch is an error here
     ingest_memory(config, manifest)  # and a budget that does not suffice
+    look_at_shards(config, manifest)
+    return manifest
+
+
+def look_at_shards(config: Config, manifest: Manifest) -> None:
+    """Raises UserError: something is damaged, and is not to be replaced."""
     for damage in check_shards(manifest, damage_is_error=config.data.on_corrupt == "stop"):
         print(f"damaged, its clips will be replaced: {damage}", flush=True)
-    return manifest
+
+
+def check_evaluation(config: Config, manifest: Manifest) -> None:
+    """Raises UserError: the held-out clips are not there, or do not fit the run."""
+    clips = eval_clips(config, manifest)
+    if clips and config.eval.path:
+        look_at_shards(config, clips.reader.manifest)
 
 
 def prepare_run(config: Config) -> Manifest:
     """Everything that can fail before a GPU is taken: dataset, run folder, tokenizer. Raises UserError."""
     manifest = open_dataset(config)
+    check_evaluation(config, manifest)
     is_new = not config.run_dir.exists()
     run_dir = open_run(config, manifest)
     try:

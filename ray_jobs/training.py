@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
+import fvlm
 from fvlm.config import Config
 from fvlm.data.collate import Collator
 from fvlm.data.corrupt import CORRUPT
@@ -17,7 +20,9 @@ from fvlm.data.schema import Manifest
 from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.model.hub import build_model
 from fvlm.train.device import on_device
+from fvlm.train.evaluation import Evaluation
 from fvlm.train.hang import HangWatch, collect_stacks
+from fvlm.train.held_out import EvalClips, eval_clips
 from fvlm.train.logger import Logger
 from fvlm.train.loop import Hook, Run, train
 from fvlm.train.memory import out_of_memory, settle_memory, warm_up
@@ -28,10 +33,12 @@ from fvlm.train.resume import Choice
 from fvlm.train.run_folder import TOKENIZER
 from fvlm.train.samples import Samples
 from fvlm.train.saver import Saver, ShardGiver
-from fvlm.train.sinks import JsonLines, Sink, TrainLog, Wandb
+from fvlm.train.sinks import JsonLines, Sink, TrainLog
 from fvlm.train.step import compile_kind
 from fvlm.train.store import CheckpointStore
+from fvlm.train.wandb_sink import Wandb
 from ray_jobs.agreement import StopAgreement
+from ray_jobs.evaluation import decoded
 from ray_jobs.feed import Feed
 from ray_jobs.report import RayMetrics
 from ray_jobs.startup import StartUp
@@ -62,8 +69,9 @@ def train_on(
     run = make_run(config, manifest, place.device, store, choice)
     main = place.rank == 0
     sinks = make_sinks(config, run.step) if main else []
+    clips = eval_clips(config, manifest)
     if main:
-        announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world)
+        announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
     if place.device.type == "cuda" or compile_kind(config, place.device) != "off":
         memory = warm_up(run.take_step, latent_shape)
         start_up.passed("for a mock step")
@@ -84,7 +92,11 @@ def train_on(
 
         logger = Logger(run, sinks, samples, lap)
         giver = ShardGiver(run)
-        hooks: list[Hook] = [logger, watch, saver or giver]
+        hooks: list[Hook] = [logger, watch]
+        if clips:
+            decode = functools.partial(decoded, clips, place.rank, place.world)
+            hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long))
+        hooks.append(saver or giver)
         if saver:
             hooks.append(start_up.tell(sinks[0].note))
         start_up.passed("for model and weights")
@@ -98,7 +110,8 @@ def train_on(
             with watch.long():
                 (saver or giver).save_now()
         if main:
-            conclude(run, collate, sinks, int(lap()["ingest/corrupt"]))
+            with watch.long():  # W&B may have to send much
+                conclude(run, collate, sinks, int(lap()["ingest/corrupt"]))
 
 
 def conclude(run: Run, collate: Collator, sinks: list[Sink], damaged: int) -> None:
@@ -110,6 +123,7 @@ def conclude(run: Run, collate: Collator, sinks: list[Sink], damaged: int) -> No
                   f"rank 0 cut {collate.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip
         for line in known_damage(config, damaged):
             sink.note(line)
+    for sink in reversed(sinks):  # the log last: others still have something to tell
         sink.close()
 
 
@@ -150,14 +164,14 @@ def make_run(config: Config, manifest: Manifest, device: torch.device, store: Ch
 
 
 def make_sinks(config: Config, step: int) -> list[Sink]:
-    sinks: list[Sink] = [TrainLog(config.run_dir, config.train.max_steps), JsonLines(config.run_dir, step)]
-    sinks.append(RayMetrics(config.run_name))
+    log = TrainLog(config.run_dir, config.train.max_steps)
+    sinks: list[Sink] = [log, JsonLines(config.run_dir, step), RayMetrics(config.run_name)]
     if config.log.wandb != "off":
-        sinks.append(Wandb(config))
+        sinks.append(Wandb(config, log.note, [Path(file).parent for file in (fvlm.__file__, __file__)]))
     return sinks
 
 
-def announce(run: Run, damaged: int, sinks: list[Sink], choice: Choice, world: int) -> None:
+def announce(run: Run, damaged: int, sinks: list[Sink], choice: Choice, world: int, clips: EvalClips | None) -> None:
     """The first lines of a start: what, on what, from where."""
     parameters = sum(p.numel() for p in run.model.parameters())
     plan = run.plan
@@ -170,6 +184,8 @@ def announce(run: Run, damaged: int, sinks: list[Sink], choice: Choice, world: i
         f"resumed at step {run.step} from {choice.name}" if choice.name else "starting at step 0",
         *known_damage(run.config, damaged),
     ]
+    if clips:
+        lines.append(f"evaluation every {run.config.eval.every} steps and after the last: {clips}")
     for sink in sinks:
         for line in lines:
             sink.note(line)

@@ -99,7 +99,8 @@ def until(true: Callable[[], object], command: Command, seconds: float = 120) ->
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row on which nobody listens; processes look in different places first."""
+    """The first of `count` ports in a row on which nobody listens, below those that the system hands out; processes
+    look in different places first."""
     for first in range(23000 + 50 * (os.getpid() % 100), 32000, 50):
         try:
             for port in range(first, first + count):
@@ -108,7 +109,7 @@ def free_ports(count: int) -> int:
         except OSError:
             continue
         return first
-    raise AssertionError("no free ports")
+    raise OSError(f"no {count} free ports in a row below 32000")
 
 
 def settings(folder: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -64,7 +64,7 @@ def start(args: list[str], stop: Callable[[], bool] = lambda: False, pause_s: fl
             with store.open(choice.name) as path:
                 run.restore(path)
         sinks = [TrainLog(run_dir, config.train.max_steps), JsonLines(run_dir, run.step)]
-        announce(run, 0, sinks, choice, 1)
+        announce(run, 0, sinks, choice, 1, None)
         samples = Samples(config, run.step, 0, 1)
         with Saver(run, store, sinks[0].note) as saver:
             hooks: list[Hook] = [Logger(run, sinks, samples), saver, Pause(pause_s)]

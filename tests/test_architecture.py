@@ -106,7 +106,7 @@ def attributes_read() -> Iterator[tuple[str | None, str]]:
 
 def test_every_config_key_is_read_somewhere():
     read = set(attributes_read())
-    holders = {"config", "data", "scale", "self", "train", "optim", "model", "objective", "log"}
+    holders = {"config", "data", "scale", "self", "train", "optim", "model", "objective", "log", "eval"}
     for field in dataclasses.fields(Config):
         assert ("config", field.name) in read or ("self", field.name) in read, f"nothing reads {field.name}"
         if field.default is dataclasses.MISSING:  # a section
@@ -128,6 +128,7 @@ OPTIONS = """
     --train.max-steps --train.seed --train.precision --train.log-every --train.save-every --train.keep-last
     --train.milestones --train.ratio-window --train.checkpoint-dir --train.max-skipped
     --train.compile --train.compile-cache --train.memory
+    --eval.path --eval.every --eval.clips --eval.pictures
     --scale.workers --scale.device --scale.cpus-per-worker --scale.max-failures --scale.hang-s
     --scale.min-workers --scale.strategy
     --log.wandb-project --log.wandb --log.samples --log.no-samples

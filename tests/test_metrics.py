@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
+from tiny_run import batches, make_config, make_run
 
 from fvlm.train import metrics as metrics_module
+from fvlm.train.logger import Logger
+from fvlm.train.loop import train
 from fvlm.train.metrics import Clock, Metrics, duration, log_line
+from fvlm.train.samples import Samples
 from fvlm.train.sinks import METRICS, TRAIN_LOG, JsonLines, TrainLog
 from fvlm.train.step_lines import kept_lines
 
@@ -149,3 +154,22 @@ def test_a_line_that_a_crash_tore_is_dropped(tmp_path, torn):
 )
 def test_durations_read_like_a_clock(seconds, text):
     assert duration(seconds) == text
+
+
+def test_waiting_for_the_device_where_metrics_are_read_is_no_wait_for_data(tmp_path):
+    """A host that runs ahead of its GPU waits there, and nowhere else."""
+    config = make_config(tmp_path, max_steps=4, log_every=2)
+    run, pause, rows = make_run(config), 0.5, []
+    drain = run.metrics.drain
+
+    class Sink:
+        def write(self, new, latest):
+            rows.append(latest)
+
+    def slowly():
+        time.sleep(pause)
+        return drain()
+
+    run.metrics.drain = slowly  # type: ignore[method-assign]
+    train(run, batches(1), [Logger(run, [Sink()], Samples(config, 0, 0, 1))])  # type: ignore[list-item]
+    assert all(row["train/step_time"] > pause / 2 and row["train/data_wait"] < 0.3 for row in rows) and len(rows) == 2

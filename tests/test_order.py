@@ -36,7 +36,7 @@ CLIPS, GLOBAL_BATCH, LANES, WINDOW = 26, 4, 4, 4
 STEPS_PER_EPOCH, REMAINDER = 6, 2
 STOP = 3 * STEPS_PER_EPOCH
 STORED, USED = 8, [0, 2, 4, 7]
-INGEST = "MapBatches(Decoder)"
+INGEST = "ingest decode rank 0"
 """Part of the title that Ray gives our decoding actor."""
 
 

@@ -285,6 +285,13 @@ def test_the_chunked_cross_entropy_has_the_gradients_of_the_plain_one(rows, monk
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_the_cross_entropy_of_a_reading_makes_no_gradient():
+    hidden, head = torch.randn(10, 6), torch.randn(50, 6, requires_grad=True)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        cross_entropy_sum(hidden, head, torch.randint(0, 50, (10,)))
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::mm") == 1
+
+
 # Two bugs that once made every ratio exactly 1.00.
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import shutil
 import socket
@@ -20,14 +22,21 @@ import pytest
 import requests
 from datasets import write_dataset
 from jobs import LOCAL, RAY, ROOT, STEPS, Cluster, Command, joined, members, settings, submit, until
+from secrets_planted import SECRETS, leaks
 
 from fvlm.train.run_folder import finished_steps
+from fvlm.train.state import checkpoint_name
+from ray_jobs.options import parse
+from ray_jobs.submit import metadata
+
+PLANTED = {name: secret for name, secret in SECRETS.items() if not name.startswith("RAY_")}
+"""In the shell that submits and on every node, where they belong."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="fvlm-"))  # pytest's own folders are too deep for Ray's sockets
-    bare, start = settings(folder)
+    bare, start = (env | PLANTED for env in settings(folder))
     write_dataset(folder / "data")
     try:
         started = subprocess.run([LOCAL / "start.sh"], env=start, capture_output=True, text=True, check=False)
@@ -75,6 +84,23 @@ def test_who_has_no_token_or_a_wrong_one_is_refused_and_told_the_variable(cluste
     assert "RAY_AUTH_TOKEN does not hold its token" in mistaken.output
     assert "Traceback" not in without.output + mistaken.output
     assert cluster.jobs() == {}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["in the run folder", "in train.checkpoint-dir"])
+def test_a_job_is_given_the_step_it_goes_on_from_as_far_as_this_machine_can_see(tmp_path, elsewhere):
+    runs, kept = tmp_path / "runs", tmp_path / "kept"
+    more = ["--train.checkpoint-dir", str(kept)] if elsewhere else []
+    config = parse(["demo", "--run", "r", "--data.path", "x", "--runs-dir", str(runs), *more])
+    checkpoints = (kept if elsewhere else runs) / "r" / ("" if elsewhere else "checkpoints")
+    assert "step" not in metadata(config)  # perhaps the folder is the cluster's
+    checkpoints.parent.mkdir(parents=True)
+    assert metadata(config)["step"] == "0"
+    for step in (20, 120):
+        (checkpoints / checkpoint_name(step)).mkdir(parents=True)
+        (checkpoints / checkpoint_name(step) / "state.json").touch()
+    assert metadata(config)["step"] == "120"
+    in_a_bucket = dataclasses.replace(config.train, checkpoint_dir="s3://bucket/checkpoints")
+    assert "step" not in metadata(dataclasses.replace(config, train=in_a_bucket))  # its keys are the nodes'
 
 
 def test_what_is_wrong_on_this_side_ends_with_code_2_and_submits_nothing(cluster):
@@ -199,6 +225,8 @@ def test_the_same_command_continues_the_run_and_then_finds_it_finished(cluster):
     assert record["status"] == "SUCCEEDED"
     assert record["metadata"]["run"] == "story"
     assert record["metadata"]["preset"] == "demo"
+    assert record["metadata"]["step"] == str(before) and record["metadata"]["steps"] == str(before + 4)
+    assert "step" not in cluster.jobs()["story-a1"]["metadata"]  # there was no folder of runs yet
     assert re.fullmatch("[0-9a-f]{12}", record["metadata"]["config"])
     assert again.wait() == 0, again.output
     assert f"story is finished: {before + 4} of {before + 4} steps" in again.output
@@ -213,7 +241,13 @@ def test_only_the_two_packages_travel_and_no_secret(cluster):
     environment = cluster.jobs()["story-a2"]["runtime_env"]["env_vars"]
     assert copies
     assert all({path.name for path in copy.iterdir()} == {"fvlm", "ray_jobs"} for copy in copies)
-    assert environment.keys() == {"RAY_DATA_DISABLE_PROGRESS_BARS", "RAY_TRAIN_ENABLE_STATE_TRACKING", "FVLM_JOB"}
+    ours = {"FVLM_JOB", "FVLM_COMMIT"}
+    assert environment.keys() == {"RAY_DATA_DISABLE_PROGRESS_BARS", "RAY_TRAIN_ENABLE_STATE_TRACKING"} | ours
+    token = (cluster.folder / "token").read_text().strip()
+    jobs = json.dumps(cluster.jobs())
+    assert "story-a2" in jobs
+    assert token not in jobs
+    assert leaks(jobs, cluster.folder / "ray", cluster.folder / "runs") == []
 
 
 def test_a_second_start_is_refused_for_the_same_folder_and_for_taken_ports(cluster):

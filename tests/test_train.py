@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 from datasets import write_dataset
+from secrets_planted import SECRETS, leaks
+from wandb_file import history, starts
 
 from fvlm import presets
 from fvlm.config import flatten
@@ -33,6 +35,9 @@ OPTIONS = {
     "scale.device": "cpu",
 }  # fmt: skip
 LOSSES = ("caption/loss_fine", "recon/loss_fine", "caption/loss_coarse", "recon/loss_coarse", "train/grad_norm")
+EVAL_EVERY = 6
+SESSION = r"/\S*/fvlm-ray-\w+"
+"""The folder of an own cluster, in the command lines of its processes."""
 PATIENCE = 240.0
 pytestmark = pytest.mark.timeout(600)  # the slowest test starts a cluster twice
 
@@ -45,6 +50,7 @@ class Training:
     runs: Path
     name: str
     changes: dict[str, object]
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -57,8 +63,8 @@ class Training:
         ]
         return [sys.executable, "-m", "ray_jobs.train", "demo", *given]
 
-    def start(self, **environment: str) -> subprocess.Popen[str]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))} | environment
+    def start(self) -> subprocess.Popen[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))} | self.environment
         return subprocess.Popen(
             self.command(), cwd=ROOT, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -162,18 +168,24 @@ class Killed:
     saved_before: list[int]
     family: list[psutil.Process]
     output: str
+    leaks: list[str]
+    """Secrets in what Ray's processes had written when they were killed."""
 
 
 @pytest.fixture(scope="module")
 def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     """A run whose worker and driver were killed two steps past a checkpoint, in mid-epoch; then the same command."""
-    training = Training(data, tmp_path_factory.mktemp("runs"), "killed", {"log.wandb": "offline"})
+    held_out = tmp_path_factory.mktemp("held-out")
+    write_dataset(held_out, clips=9, seed=1)
+    more = {"log.wandb": "offline", "eval.path": held_out, "eval.every": EVAL_EVERY, "eval.pictures": 1}
+    training = Training(data, tmp_path_factory.mktemp("runs"), "killed", more, SECRETS)
     driver = training.start()
     try:
         wait_for(lambda: len(training.rows()) >= 1 or driver.poll() is not None, "the first step")
         family = psutil.Process(driver.pid).children(recursive=True)
         workers = [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
         assert len(workers) == 1
+        (session,) = {place for process in family for place in re.findall(SESSION, " ".join(process.cmdline()))}
         wait_for(
             lambda: len(training.rows()) >= SAVE_EVERY + 2 or driver.poll() is not None, "a step past a checkpoint"
         )
@@ -184,9 +196,11 @@ def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
         driver.communicate()
     workers[0].wait(30)
     before = len(training.rows()), training.saved_steps()
+    assert len(list(Path(session).glob("session_*/logs/worker-*"))) > 3
+    leaked = leaks(Path(session))
     code, output = training.run()  # at once: what the killed cluster has left must not disturb
     assert code == 0, output
-    return Killed(training, *before, family, output)
+    return Killed(training, *before, family, output, leaked)
 
 
 def test_the_same_command_resumes_a_killed_run_from_its_last_checkpoint(killed):
@@ -203,9 +217,29 @@ def test_a_resumed_run_has_every_step_once_and_the_losses_of_an_undisturbed_one_
 
 
 def test_wandb_has_one_run_over_both_starts(killed):
-    starts = [path.name for path in (killed.training.folder / "wandb").glob("offline-run-*")]
-    assert len(starts) == 2
-    assert {name.rsplit("-", 1)[1] for name in starts} == {(killed.training.folder / "wandb_id").read_text().strip()}
+    names = [path.name for path in starts(killed.training.folder)]
+    assert len(names) == 2
+    assert {name.rsplit("-", 1)[1] for name in names} == {(killed.training.folder / "wandb_id").read_text().strip()}
+
+
+def test_a_killed_run_has_each_evaluation_once_with_its_picture(killed):
+    """It was killed past the first, and went on before it. That its losses are those of a run without evaluation is
+    shown above."""
+    folder, wanted = killed.training.folder, [EVAL_EVERY, 2 * EVAL_EVERY, STEPS]
+    rows = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+    assert max(killed.saved_before) < EVAL_EVERY < killed.steps_before
+    assert [row["step"] for row in rows] == wanted
+    assert all(row["eval/clips"] == 8 and row["eval/caption/ratio"] > 0 for row in rows)
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == [f"step-{s:08d}-0.png" for s in wanted]
+    assert f"evaluation every {EVAL_EVERY} steps and after the last: 8 of the 9 held-out clips" in killed.output
+    assert re.search(r"evaluated at step 14: cap: \d\.\d{4} r=.* 8 held-out clips \| 1 pictures", killed.output)
+    sent = [row for row in history(starts(folder)[1]) if "eval/pictures/filenames" in row]
+    assert [(row["_step"], row["eval/step"]) for row in sent] == [(step, step) for step in wanted]
+
+
+def test_secrets_of_the_environment_are_nowhere_in_what_a_run_writes(killed):
+    assert killed.leaks == []
+    assert leaks(killed.training.folder, killed.output) == []
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ while (($#)); do
     esac
 done
 [[ $runs ]] || fail "--runs is missing: the folder in which runs lie, as in --runs-dir."
+[[ ! ${FVLM_HEAD:-} ]] || fail "FVLM_HEAD is set: these units are the head's. Run start.sh here after a reboot."
 [[ -d $runs ]] || fail "--runs $runs: no such folder. Give the one in which runs lie, or make it first."
 
 project=$(cd "$local/../.." && pwd) runs=$(cd "$runs" && pwd)
@@ -45,7 +46,7 @@ argument() { quoted "${1//'$'/\$\$}"; } # of a command line, in which $ begins a
 settings() { # start.sh's, as far as this shell sets them
     local name
     printf 'Environment=%s\n' "$(quoted "FVLM_CLUSTER_DIR=$dir")"
-    for name in FVLM_DASHBOARD_PORT FVLM_METRICS_PORT FVLM_BASE_PORT FVLM_NUM_CPUS FVLM_OBJECT_STORE_MB; do
+    for name in FVLM_HOST FVLM_DASHBOARD_PORT FVLM_METRICS_PORT FVLM_BASE_PORT FVLM_NUM_CPUS FVLM_OBJECT_STORE_MB; do
         [[ ! ${!name:-} ]] || printf 'Environment=%s\n' "$(quoted "$name=${!name}")"
     done
 }
@@ -96,7 +97,7 @@ RemainAfterExit=yes
 WorkingDirectory=$(value "$project")
 Environment=$(quoted "PATH=$PATH")
 Environment=RAY_AUTH_MODE=token $(quoted "RAY_AUTH_TOKEN_PATH=$dir/token")
-ExecStart=/usr/bin/env python -m ray_jobs.resume $(argument "$runs") --address http://127.0.0.1:${FVLM_DASHBOARD_PORT:-8265} --wait 600
+ExecStart=/usr/bin/env python -m ray_jobs.resume $(argument "$runs") --address http://${FVLM_HOST:-127.0.0.1}:${FVLM_DASHBOARD_PORT:-8265} --wait 600
 Restart=on-failure
 RestartSec=30
 # 2: the input was at fault, which trying again does not mend

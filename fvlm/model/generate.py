@@ -1,4 +1,7 @@
-"""What a trained model says and where it looks: captions and gaze, for pictures and for people."""
+"""What a trained model says, where it looks and what it foresees: for pictures and for people.
+
+With several ranks all of them call these together, each with equally many clips.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import torch
 from fvlm.config import ObjectiveConfig
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.objective import passes
+from fvlm.ranks import world_size
 
 
 @torch.no_grad()
@@ -24,8 +28,20 @@ def generate_captions(
         do_sample=False,
         eos_token_id=eos_id,
         pad_token_id=eos_id,
+        synced_gpus=world_size() > 1,  # where ranks share the layers, none may be done before the others
     )
     return [row[: row.index(eos_id)] if eos_id in row else row for row in ids.tolist()]
+
+
+@torch.no_grad()
+def predict_latents(
+    model: FoveatedVLM, frames_BTHW3: torch.Tensor, latents_BTChw: torch.Tensor, config: ObjectiveConfig
+) -> torch.Tensor:
+    """Each frame's latent as the last fine pass foresees it from the true ones before it: [B, T, C, h, w] float32."""
+    b, t = frames_BTHW3.shape[:2]
+    *_, last = passes(model, model.encode(frames_BTHW3), b, t, config.fine_iterations)
+    (hidden,) = model.read(model.video(last.token, last.z_BTE))
+    return model.predict_latents(hidden[:, 1:-1], latents_BTChw).float()
 
 
 @torch.no_grad()

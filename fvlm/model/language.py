@@ -41,6 +41,8 @@ def cross_entropy_sum(hidden_PE: torch.Tensor, head_VE: torch.Tensor, labels_P: 
     head: the weight of a language-model head without a bias
     labels: int64; negative ones are not trained on
     """
+    if not torch.is_grad_enabled():
+        head_VE = head_VE.detach()  # or its gradient would be made all the same
     total: torch.Tensor = _CrossEntropySum.apply(hidden_PE, head_VE, labels_P)
     return total
 

@@ -38,6 +38,7 @@ class Logger:
         Raises UserError, with all of it written, when too many steps in a row were skipped.
         """
         rows = self.run.metrics.drain()
+        self.run.clock.computed()  # it was waited for here, and not for data
         if not rows:
             return
         clips = self.samples.take(int(rows[-1]["step"]))

@@ -39,8 +39,12 @@ class Clock:
         self.wait_s += self._passed()
 
     def stepped(self) -> None:
-        self.busy_s += self._passed()
+        self.computed()
         self.steps += 1
+
+    def computed(self) -> None:
+        """The host has waited for the device, which was busy with steps that it had been handed."""
+        self.busy_s += self._passed()
 
     def _passed(self) -> float:
         now = time.perf_counter()
@@ -186,6 +190,20 @@ def log_line(latest: Row, max_steps: int) -> str:
         f"{latest['train/step_time']:.3f} s/step {latest['train/clips_per_s']:.1f} clips/s "
         f"wait {100 * latest['train/data_wait']:.1f}% | {ingest}VRAM {latest['train/vram_gb']:.1f} GB | "
         f"ETA {duration(latest['train/eta_s'])}"
+    )
+
+
+def evaluation_line(row: Row, pictures: int) -> str:
+    """The line of train.log for one evaluation; `run_log` knows it by its first words."""
+    parts = [
+        f"{short} {row[f'eval/{name}/loss_fine']:.4f} r={row[f'eval/{name}/ratio']:.4f}"
+        for short, name in (("cap:", "caption"), ("rec:", "recon"))
+        if f"eval/{name}/loss_fine" in row
+    ]
+    parts.append(f"{row['eval/clips']:.0f} held-out clips" if parts else "no held-out clips")
+    parts += [f"{row['eval/replaced']:.0f} replaced"] if row["eval/replaced"] else []
+    return f"evaluated at step {row['step']:.0f}: " + " | ".join(
+        [*parts, f"{pictures} pictures", f"{row['eval/seconds']:.1f} s"]
     )
 
 

@@ -3,7 +3,8 @@
 config.json   the whole config, and the fingerprint of the dataset, as the run began
 command.json  the options of its last start      held          it was stopped on purpose
 lock, claim   who trains it, who may write       stacks/       of ranks that hung, until the next start
-tokenizer/    train.log   metrics.jsonl   skipped.jsonl   corrupt.jsonl   samples/   wandb_id   wandb/   checkpoints/
+train.log     metrics.jsonl, a line a step       evals.jsonl    pictures/      one line, and pictures, an evaluation
+tokenizer/    skipped.jsonl   corrupt.jsonl   samples/   wandb_id   wandb/   checkpoints/
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fvlm.train.state import checkpoints, step_of
 from fvlm.train.store import CHECKPOINTS
 
 CONFIG, TOKENIZER, LOCK, CLAIM = "config.json", "tokenizer", "lock", "claim"
+PICTURES = "pictures"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.+)")
 _STEP = re.compile(r"step \d+/\d+ \(")
 _START = re.compile(r"starting at step \d+|resumed at step \d+ from ")
 _SAVED = re.compile(r"saved (step-\d+) in ")
+_EVALUATED = re.compile(r"evaluated at step \d+: ")
 _ENDED = re.compile(r"(stopped after|finished) \d+ steps in ")
 _PLACE = re.compile(r" parameters on (\d+ x \w+),")
 
@@ -37,7 +38,7 @@ class RunLog:
     ended: str = ""
     """How the last start ended, as far as it said so: "stopped after" or "finished"."""
     note: str = ""
-    """The last line that is not about a step or a checkpoint, with its time."""
+    """The last line that is not about a step, an evaluation or a checkpoint, with its time."""
     saved: tuple[str, float] | None = None
     """The last checkpoint that was said to be safe: its name, and when."""
 
@@ -60,6 +61,8 @@ def _take(log: RunLog, when: str, text: str) -> None:
         return
     if saved := _SAVED.match(text):
         log.saved = saved[1], _seconds(when)
+        return
+    if _EVALUATED.match(text):
         return
     log.note = f"{when} {text}"
     if _START.match(text):

@@ -1,23 +1,36 @@
-"""Where metrics go. A sink takes the rows of the steps since the last call, and the newest value of everything."""
+"""Where metrics go. A sink takes the rows of the steps since the last call, and the newest value of everything.
+
+W&B's: `fvlm.train.wandb_sink`.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from fvlm.config import Config
 from fvlm.files import no_space_is_a_user_error, write_atomic
-from fvlm.train.metrics import Row, log_line
+from fvlm.train.metrics import Row, evaluation_line, log_line
 from fvlm.train.step_lines import StepLines
 
-TRAIN_LOG, METRICS, WANDB_ID = "train.log", "metrics.jsonl", "wandb_id"
+TRAIN_LOG, METRICS, EVALS, WANDB_ID = "train.log", "metrics.jsonl", "evals.jsonl", "wandb_id"
+
+
+@dataclass(frozen=True)
+class Picture:
+    path: Path
+    caption: str
 
 
 class Sink(Protocol):
     def write(self, rows: list[Row], latest: Row) -> None: ...
+
+    def evaluated(self, row: Row, pictures: list[Picture]) -> None:
+        """One evaluation (`fvlm.train.evaluation.Evaluation` says what is in its row)."""
 
     def note(self, text: str) -> None:
         """Something a person should know: resumed, saved, finished."""
@@ -36,6 +49,9 @@ class TrainLog:
     def write(self, rows: list[Row], latest: Row) -> None:
         self.note(log_line(latest, self._max_steps))
 
+    def evaluated(self, row: Row, pictures: list[Picture]) -> None:
+        self.note(evaluation_line(row, len(pictures)))
+
     def note(self, text: str) -> None:
         with no_space_is_a_user_error(self._path):
             self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -45,53 +61,33 @@ class TrainLog:
 
 
 class JsonLines:
-    """metrics.jsonl: one object a step. Opening it at step s drops what a lost process wrote after s.
+    """metrics.jsonl, one object a step, and evals.jsonl, one an evaluation.
+
+    Opening them at step s drops what a lost process wrote after s.
 
     A value that is no number (a loss that was not finite) is null: JSON has neither NaN nor infinity.
     """
 
     def __init__(self, run_dir: Path, step: int):
         self._lines = StepLines(run_dir / METRICS, step)
+        self._evaluations = StepLines(run_dir / EVALS, step)
 
     def write(self, rows: list[Row], latest: Row) -> None:
-        self._lines.append(
-            {name: value if math.isfinite(value) else None for name, value in row.items()} for row in rows
-        )
+        self._lines.append(map(_json, rows))
+
+    def evaluated(self, row: Row, pictures: list[Picture]) -> None:
+        self._evaluations.append([_json(row)])
 
     def note(self, text: str) -> None:
         """Notes are for people; this file is for programs."""
 
     def close(self) -> None:
         self._lines.close()
+        self._evaluations.close()
 
 
-class Wandb:
-    """One W&B run for the whole life of a run folder: its id lies there, and every restart uses it."""
-
-    def __init__(self, config: Config):
-        import wandb  # heavy, and not wanted with --log.wandb off
-
-        run_dir = config.run_dir
-        self._run: Any = wandb.init(
-            project=config.log.wandb_project,
-            name=config.run_name,
-            id=wandb_id(run_dir),
-            resume="allow",
-            dir=str(run_dir),
-            mode=wandb_mode(config),
-            config=config.to_dict(),
-            settings=wandb.Settings(console="off", silent=True),
-        )
-
-    def write(self, rows: list[Row], latest: Row) -> None:
-        step = int(latest["step"])
-        self._run.log({key: value for key, value in latest.items() if key != "step"}, step=step)
-
-    def note(self, text: str) -> None:
-        """W&B shows numbers; train.log has the notes."""
-
-    def close(self) -> None:
-        self._run.finish()
+def _json(row: Row) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
 def wandb_id(run_dir: Path) -> str:

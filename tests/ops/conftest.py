@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
+from datasets import write_dataset
+from jobs import LOCAL, Cluster, Command, joined, settings, submit, until
 
+from ops.prometheus import Prometheus
 from ops.tools import CLUSTER
+
+RUN, STEPS = "watched", 2000
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,3 +27,50 @@ def pytest_configure(config: pytest.Config) -> None:
 def copy(tmp_path: Path) -> Path:
     """A copy of `cluster/` that may be broken."""
     return Path(shutil.copytree(CLUSTER, tmp_path / "cluster"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A workstation's cluster, with token authentication."""
+    folder = Path(tempfile.mkdtemp(prefix="fvlm-"))  # pytest's own folders are too deep for Ray's sockets
+    bare, start = settings(folder)
+    write_dataset(folder / "data")
+    (folder / "runs").mkdir()
+    try:
+        started = subprocess.run([LOCAL / "start.sh"], env=start, capture_output=True, text=True, check=False)
+        assert started.returncode == 0, started.stderr
+        cluster = joined(folder, bare, start, started.stdout)
+        try:
+            yield cluster
+        finally:
+            for process in cluster.started:
+                process.kill()
+                process.wait()
+    finally:
+        subprocess.run([LOCAL / "stop.sh"], env=start, check=True)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def training(cluster: Cluster) -> Command:
+    """A run that goes on for as long as the cluster."""
+    return submit(cluster, cluster.training(RUN, STEPS))
+
+
+@pytest.fixture(scope="module")
+def watched(cluster: Cluster, training: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Prometheus, once it knows of a checkpoint of the run: by then everything has been told once."""
+    until(lambda: "ray_fvlm_checkpoint_step" in requests.get(cluster.metrics_url, timeout=10).text, training, 240)
+    found = Prometheus(tmp_path_factory.mktemp("prometheus"), cluster)
+    try:
+        until(lambda: settled(found), training)
+        yield found
+    finally:
+        found.close()
+
+
+def settled(found: Prometheus) -> bool:
+    try:
+        return bool(found.query("count_over_time(ray_fvlm_checkpoint_step[1m]) > 5"))
+    except requests.RequestException:  # it is starting
+        return False

@@ -3,115 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
-import requests
-from datasets import write_dataset
-from jobs import LOCAL, Cluster, Command, free_ports, joined, members, settings, submit, until
+from jobs import members, until
 
+from ops.conftest import RUN
 from ops.monitoring import dashboard, queries
-from ops.tools import CLUSTER, prometheus
+from ops.prometheus import Prometheus
 
 pytestmark = [pytest.mark.ops, pytest.mark.timeout(600)]
 
-RUN, STEPS = "watched", 2000
 WITHOUT_GPU = {
     "max by (ip, GpuIndex) (ray_node_gram_used) * 1e6",
     "max by (ip, GpuIndex) (ray_node_gpus_utilization) / 100",
 }
 """Queries that return nothing where there is no GPU, and must where there is one."""
-
-
-class Prometheus:
-    """The one of `cluster/monitoring`, at free ports, in a folder of its own."""
-
-    def __init__(self, folder: Path, cluster: Cluster):
-        self._url = f"http://127.0.0.1:{free_ports(1)}"
-        config = folder / "monitoring" / "prometheus.yml"
-        shutil.copytree(CLUSTER / "monitoring", config.parent)
-        text = config.read_text()
-        for ours, here in {
-            "127.0.0.1:8080": f"127.0.0.1:{cluster.start_env['FVLM_METRICS_PORT']}",
-            "/tmp/ray/": f"{cluster.folder}/ray/",
-            "scrape_interval: 15s": "scrape_interval: 2s",  # so as not to wait
-        }.items():
-            assert ours in text
-            text = text.replace(ours, here)
-        config.write_text(text)
-        self.log = folder / "prometheus.txt"
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                [
-                    prometheus() / "prometheus",
-                    f"--config.file={config}",
-                    f"--storage.tsdb.path={folder / 'tsdb'}",
-                    f"--web.listen-address={self._url.removeprefix('http://')}",
-                ],
-                stdout=log,
-                stderr=log,
-            )
-
-    def ask(self, path: str, **parameters: str) -> dict:
-        answer = requests.get(f"{self._url}/api/v1/{path}", params=parameters, timeout=10)
-        return answer.json()["data"]
-
-    def query(self, expression: str) -> list[dict]:
-        return self.ask("query", query=expression)["result"]
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="fvlm-"))  # pytest's own folders are too deep for Ray's sockets
-    bare, start = settings(folder)
-    write_dataset(folder / "data")
-    try:
-        started = subprocess.run([LOCAL / "start.sh"], env=start, capture_output=True, text=True, check=False)
-        assert started.returncode == 0, started.stderr
-        cluster = joined(folder, bare, start, started.stdout)
-        try:
-            yield cluster
-        finally:
-            for process in cluster.started:
-                process.kill()
-                process.wait()
-    finally:
-        subprocess.run([LOCAL / "stop.sh"], env=start, check=True)
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def training(cluster: Cluster) -> Command:
-    return submit(cluster, cluster.training(RUN, STEPS))
-
-
-@pytest.fixture(scope="module")
-def watched(cluster: Cluster, training: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Prometheus, once it knows of a checkpoint of the run: by then everything has been told once."""
-    until(lambda: "ray_fvlm_checkpoint_step" in requests.get(cluster.metrics_url, timeout=10).text, training, 240)
-    found = Prometheus(tmp_path_factory.mktemp("prometheus"), cluster)
-    try:
-        until(lambda: settled(found), training)
-        yield found
-    finally:
-        found.close()
-
-
-def settled(found: Prometheus) -> bool:
-    try:
-        return bool(found.query("count_over_time(ray_fvlm_checkpoint_step[1m]) > 5"))
-    except requests.RequestException:  # it is starting
-        return False
 
 
 QUERIES = queries(dashboard())

@@ -17,12 +17,23 @@ ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 FOLDER = ROOT / "build" / "ops-tools"
 INSTALL_S = 900
+CHROMIUM = ("chromium", "chromium-driver")
+"""Debian's packages."""
 
 
-def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> tuple[int, str]:
+def run(
+    *command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, seconds: float = 300
+) -> tuple[int, str]:
     """-> exit code, and all that the command printed."""
     done = subprocess.run(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        check=False,
     )
     return done.returncode, done.stdout
 
@@ -62,6 +73,23 @@ def prometheus() -> Path:
     return programs
 
 
+@cache
+def chromium() -> tuple[Path, Path]:
+    """Chromium and its driver, from Debian's packages; installed where we may, since unpacked they lack libraries."""
+    if not _found("chromium", "chromedriver") and shutil.which("apt-get") and os.geteuid() == 0:
+        run("apt-get", "update")
+        run("apt-get", "install", "-y", "--no-install-recommends", *CHROMIUM, seconds=INSTALL_S)
+    if found := _found("chromium", "chromedriver"):
+        return found[0], found[1]
+    pytest.skip(f"no chromium and chromedriver on the PATH. Try: sudo apt-get install {' '.join(CHROMIUM)}")
+
+
+def _found(*programs: str) -> list[Path]:
+    """All of them, or none."""
+    paths = [shutil.which(program) for program in programs]
+    return [Path(path) for path in paths if path] if all(paths) else []
+
+
 def _environment(name: str, requirements: Path) -> Path:
     """Made anew when the requirements have changed."""
     folder = FOLDER / name
@@ -80,5 +108,8 @@ def _environment(name: str, requirements: Path) -> Path:
 
 
 if __name__ == "__main__":  # to install them before the tests, whose time is limited
-    for tool in (checkers, skypilot, prometheus):
-        print(tool(), file=sys.stderr)
+    for tool in (checkers, skypilot, prometheus, chromium):
+        try:
+            print(tool(), file=sys.stderr)
+        except pytest.skip.Exception as lacking:
+            print(f"left out: {lacking}", file=sys.stderr)

@@ -15,7 +15,7 @@ from torture.terminal import Terminal
 ACTORS = {
     # Part of the name that Ray gives a worker's process: what it is, or what it does at the moment.
     "worker": "RayTrainWorker",
-    "decoder": "MapBatches(Decoder)",
+    "decoder": "ingest decode",
     "coordinator": "SplitCoordinator",
     "controller": "TrainController",
     "ledger": "Ledger",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from jobs import free_ports
 
 PROJECT = Path(__file__).resolve().parents[2]
 LOCAL = PROJECT / "cluster" / "local"
@@ -230,16 +231,3 @@ class Terminal:
     def _is_driver(self, process: psutil.Process) -> bool:
         line = process.cmdline()
         return "ray_jobs.train" in line and any(part.startswith(f"{self.folder}/") for part in line)
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` ports in a row on which nobody listens, below those that the system hands out."""
-    for first in range(24000, 32000, 50):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    raise OSError(f"no {count} free ports in a row between 24000 and 32000")
