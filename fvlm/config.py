@@ -269,6 +269,10 @@ def validate(config: Config) -> Config:
         _require(values[key] > 0, f"--{key.replace('_', '-')} is {values[key]}; it must be above 0.")
     for key in NOT_NEGATIVE:
         _require(values[key] >= 0, f"--{key.replace('_', '-')} is {values[key]}; it must not be negative.")
+    _require(
+        bool(config.eval.every) or not config.eval.path,
+        "--eval.path is given and --eval.every is 0, so nothing would be evaluated. Say every how many steps.",
+    )
     checkpoint_dir = config.train.checkpoint_dir
     places = {"data.path": data.path, "eval.path": config.eval.path, "train.checkpoint-dir": checkpoint_dir}
     for key, place in places.items():

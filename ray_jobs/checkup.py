@@ -27,10 +27,11 @@ from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
 from fvlm.errors import UserError
+from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import SPARE, clips_of_a_rank, estimate, settle_memory
 from ray_jobs.ingest import cpus_needed, ingest_memory, store_needed
 from ray_jobs.options import STEP_MS, command_line
-from ray_jobs.train import open_dataset, settle
+from ray_jobs.train import check_evaluation, open_dataset, settle
 
 LARGEST_SLOW_STORE = 10**10
 """Bytes: Ray refuses a larger object store for which /dev/shm has no room; a smaller one it lays on the disk."""
@@ -67,6 +68,8 @@ def look(config: Config | None, step_s: float, machine: Machine, env: Mapping[st
         yield from look_at_gpus(machine, config.scale.device, config.scale.workers, config.train.precision == "bf16")
         manifest, memory, found = look_at_data(config)
         yield from found
+        if manifest and config.eval.path:
+            yield from look_at_held_out(config, manifest)
         latent = manifest.spec.latent_shape if manifest else DEFAULT_LATENT
         if manifest and memory:
             wanted = store_needed(config, memory)
@@ -88,6 +91,18 @@ def look(config: Config | None, step_s: float, machine: Machine, env: Mapping[st
     secrets = Path(SECRETS).expanduser()
     if secrets.is_file():
         yield from look_at_secret("environment", secrets)
+
+
+def look_at_held_out(config: Config, manifest: Manifest) -> list[Finding]:
+    """Whether a start would take the clips of `eval.path`."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            check_evaluation(config, manifest)
+    except UserError as error:
+        return [of_error("evaluation", error)]
+    damaged = [Finding("warn", "evaluation", line) for line in said.getvalue().splitlines()]
+    return damaged or [Finding("ok", "evaluation", str(eval_clips(config, manifest)))]
 
 
 def look_at_data(config: Config) -> tuple[Manifest | None, IngestMemory | None, list[Finding]]:

@@ -133,6 +133,7 @@ def test_an_unknown_preset_is_refused_with_those_there_are(monkeypatch, capsys):
     [
         (["--scale.workers", "3"], ["--scale.workers 3 does not divide --data.lanes 4", "1, 2, 4"]),
         (["--data.lanes", "3"], ["--data.lanes 3 does not divide --data.global-batch 4", "1, 2, 4"]),
+        (["--eval.path", "held-out"], ["--eval.path", "--eval.every is 0"]),
         (["--train.save-every", "0"], ["--train.save-every is 0", "above 0"]),
         (["--optim.warmup-steps", "-1"], ["--optim.warmup-steps is -1", "must not be negative"]),
         (["--run", "../elsewhere"], ["--run '../elsewhere'", "name of a folder"]),

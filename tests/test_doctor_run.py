@@ -7,6 +7,7 @@ import os
 import psutil
 import pytest
 import torch
+from datasets import write_dataset
 from doctor_cases import (
     WSL2_MOUNTS,
     WSL2_VERSION,
@@ -45,6 +46,20 @@ def test_a_truncated_a_missing_and_a_foreign_shard(data, tmp_path):
     require(replaced, "warn", f"{shard}: {len(whole) - 100} bytes", "")
     shard.unlink()
     require(look_at(options(data, tmp_path / "runs"))["data"], "FAIL", f"{shard}: the manifest lists", "Restore it")
+
+
+def test_held_out_clips_that_fit_and_that_do_not(good, data, tmp_path):
+    asked = options(good, tmp_path / "runs", "--eval.every", "5", "--eval.path", str(data))
+    require(
+        look_at(asked)["evaluation"], "FAIL", "the training dataset itself", "Prepare clips that are not trained on"
+    )
+    write_dataset(tmp_path / "held-out", clips=8, seed=1)
+    found = look_at([*asked, "--eval.path", str(tmp_path / "held-out")])["evaluation"]
+    require(found, "ok", "8 of the 8 held-out clips", "")
+    (tmp_path / "held-out" / "shard-00000.parquet").unlink()
+    found = look_at([*asked, "--eval.path", str(tmp_path / "held-out")])
+    require(found["evaluation"], "FAIL", "the manifest lists", "Restore it")
+    assert found["data"].level == "ok"
 
 
 def test_a_manifest_that_is_missing_or_damaged(data, tmp_path):

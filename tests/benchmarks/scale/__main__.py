@@ -2,8 +2,8 @@
 
 Trains the demo's model by `python -m ray_jobs.train demo --scale.workers N` with each number of ranks, in turns, and
 says what a step takes (medians over laps of ten steps, the first two laps left out) next to what `law.py` predicts from
-figures that were taken one by one, without Ray: a step of few and of many clips on one thread, the same on all cores at
-once, averaging gradients, decoding. And whether all of them trained alike.
+figures that were taken without Ray: a step of few and of many clips on one thread, of a rank on every core, averaging
+their gradients, and decoding. And whether all of them trained alike.
 
 --paper measures nothing: it puts a GPU's own step time through the same law, for clusters of 1 to 1,000 of them.
 The last line is JSON.
@@ -70,7 +70,7 @@ def on_this_machine(args: argparse.Namespace) -> None:
             timed[ranks] += laps(rows)
             losses[ranks] = [row["train/loss"] for row in rows]
             print(f"{config.run}: {1000 * statistics.median(timed[ranks]):.0f} ms a step", flush=True)
-        parts = measure(config, rank_counts, cores, lambda: free_ports(1))
+        parts = measure(config, cores, free_ports(1))
     print(f"\non {cores} cores, by themselves: {parts}\n")
     print("ranks  ms a step  predicted    off  clips/s  times one  loss, off from one rank's")
     rows, one = [], statistics.median(timed[rank_counts[0]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,28 +20,22 @@ from fvlm.data.read import BlockReader, ClipReader, RawBatch
 from fvlm.data.shards import read_manifest
 from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.model.hub import build_model
-from fvlm.train.optim import freeze_unreached, make_optimizer, parameters_of
-from fvlm.train.parallel import GradientAverage
+from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.run_folder import TOKENIZER
 from fvlm.train.step import Step
 
-WARM, TIMED = 2, 8
+WARM, TIMED = 2, 10
 
 
-def measure(config: Config, rank_counts: list[int], cores: int, free_port: Callable[[], int]) -> Parts:
-    """`config` is of a run whose folder has its tokenizer."""
+def measure(config: Config, cores: int, port: int) -> Parts:
+    """`config` is of a run whose folder has its tokenizer; `port` is free."""
     clips = config.data.global_batch
-    few, many = (statistics.median(_together(1, _steps, config, part)) for part in (clips // 4, clips))
+    (few,), (many,) = (_together(1, _steps, config, part) for part in (clips // 4, clips))
     clip_s = (many - few) / (clips - clips // 4)
-    crowd = _together(cores, _steps, config, clips // 2)
-    alone = _together(1, _steps, config, clips // 2)
-    reduce_s = {
-        ranks: max(_together(ranks, _averages, config, ranks, f"tcp://127.0.0.1:{free_port()}"))
-        for ranks in rank_counts
-        if ranks > 1
-    }
+    (alone,) = _together(1, _steps, config, clips // cores)
+    crowd = _together(cores, _steps_of_a_rank, config, clips // cores, cores, f"tcp://127.0.0.1:{port}")
     (ingest_s,) = _together(1, _ingest, config)
-    return Parts(many - clip_s * clips, clip_s, statistics.mean(crowd) / alone[0], ingest_s, reduce_s)
+    return Parts(many - clip_s * clips, clip_s, max(crowd) / alone, ingest_s)
 
 
 def _together(count: int, measured: Callable[..., float], *args: Any) -> list[float]:
@@ -74,33 +67,18 @@ def _steps(number: int, barrier: Any, config: Config, clips: int) -> float:
     for n in range(WARM):
         step(batch, n)
     barrier.wait()
-    laps = []
+    begin = time.perf_counter()
     for n in range(TIMED):
-        begin = time.perf_counter()
         step(batch, n)  # with readings as often as a run has them
-        laps.append(time.perf_counter() - begin)
-    return statistics.mean(laps)
+    return (time.perf_counter() - begin) / TIMED
 
 
-def _averages(number: int, barrier: Any, config: Config, ranks: int, address: str) -> float:
-    """Seconds in which all gradients are averaged."""
+def _steps_of_a_rank(number: int, barrier: Any, config: Config, clips: int, ranks: int, address: str) -> float:
+    """The same, with gradients averaged over `ranks` such processes."""
     dist.init_process_group("gloo", init_method=address, rank=number, world_size=ranks)
-    manifest = read_manifest(Path(config.data.path))
-    model = build_model(config.model, manifest.spec.latent_shape, config.train.seed)
-    freeze_unreached(model, config)
-    parameters = parameters_of(make_optimizer(model, config.optim))
-    average = GradientAverage(parameters)
-    laps = []
-    for _ in range(WARM + TIMED):
-        for parameter in parameters:
-            parameter.grad = None
-        loss = sum(parameter.sum() for parameter in parameters)
-        barrier.wait()
-        begin = time.perf_counter()
-        average.backward(loss)
-        laps.append(time.perf_counter() - begin)
+    seconds = _steps(number, barrier, config, clips)
     dist.destroy_process_group()
-    return statistics.median(laps[WARM:])
+    return seconds
 
 
 def _ingest(number: int, barrier: Any, config: Config) -> float:

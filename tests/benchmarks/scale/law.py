@@ -18,18 +18,16 @@ class Parts:
     clip_s: float
     """Forward and backward pass of one clip."""
     crowded: float
-    """How many times as long a step takes with a process computing on every core."""
+    """How many times as long a step takes when a rank computes on every core and they average their gradients."""
     ingest_s: float
     """CPU seconds to read and decode one clip."""
-    reduce_s: dict[int, float]
-    """Ranks -> seconds until all of them have the mean of their gradients, with nothing else going on."""
 
 
 def seconds_a_step(parts: Parts, ranks: int, global_batch: int, cores: int) -> float:
-    """The slower of two: one rank's own work on one core, or everybody's on all cores; and then the averaging."""
+    """The slower of two: one rank's own work on one core, or everybody's on all cores."""
     own = parts.fixed_s + parts.clip_s * global_batch / ranks
     everybody = (ranks * own + parts.ingest_s * global_batch) / cores
-    return max(own, everybody) * (parts.crowded if ranks >= cores else 1.0) + parts.reduce_s.get(ranks, 0.0)
+    return max(own, everybody) * (parts.crowded if ranks >= cores else 1.0)
 
 
 @dataclass(frozen=True)
