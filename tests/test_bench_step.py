@@ -46,6 +46,12 @@ def program():
     return module
 
 
+def test_a_model_of_fewer_layers_leaves_the_preset_as_it_is():
+    short, whole = (base_model(make_config("demo", layers)) for layers in (1, None))
+    assert len(short.llm.model.layers) == 1
+    assert len(whole.llm.model.layers) > 1
+
+
 def test_operations_are_those_of_the_formulas_with_attention_and_what_is_computed_again():
     b, s, d, heads = 2, 5, 12, 3
     first, second = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)

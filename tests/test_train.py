@@ -63,8 +63,8 @@ class Training:
         ]
         return [sys.executable, "-m", "ray_jobs.train", "demo", *given]
 
-    def start(self) -> subprocess.Popen[str]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))} | self.environment
+    def start(self, **more: str) -> subprocess.Popen[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_"))} | self.environment | more
         return subprocess.Popen(
             self.command(), cwd=ROOT, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

@@ -37,7 +37,7 @@ CONCEPTS = 8
 def make_config(preset: str, layers: int | None = None, **changes: Any) -> Config:
     """The preset with random weights and `changes` by dotted key; None changes nothing.
 
-    layers: of both transformers, for a quick look; the architectures of this process are changed for that
+    layers: of both transformers, for a quick look, as architectures of their own
     """
     if preset not in presets.PRESETS:
         raise UserError(f"--preset: no preset {preset!r}; there are {', '.join(presets.PRESETS)}.")
@@ -45,8 +45,12 @@ def make_config(preset: str, layers: int | None = None, **changes: Any) -> Confi
         presets.get(preset), {"model.init": "random"} | {k: v for k, v in changes.items() if v is not None}
     )
     if layers is not None:
-        for name in (config.model.vision, config.model.language):
-            ARCHITECTURES[name] = ARCHITECTURES[name] | {"num_hidden_layers": layers}
+        short = {}
+        for part in ("vision", "language"):
+            whole = getattr(config.model, part)
+            short[f"model.{part}"] = f"{whole} of {layers} layers"
+            ARCHITECTURES[short[f"model.{part}"]] = ARCHITECTURES[whole] | {"num_hidden_layers": layers}
+        config = with_changes(config, short)
     return validate(config)
 
 
