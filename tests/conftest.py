@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for the hub fails at once, and alike everywhere
 # Small tensors on one thread: faster than waking a second, and the same sums on every machine.
 torch.set_num_threads(1)
+
+# Where a shell has started the tests in the background, SIGINT is ignored, and the commands that they interrupt would
+# inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

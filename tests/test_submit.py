@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -152,7 +153,7 @@ class Proxy(socketserver.ThreadingTCPServer):
 
     def cut(self) -> None:
         for end in self._open:
-            if end.fileno() >= 0:
+            with contextlib.suppress(OSError):  # it has ended already
                 end.shutdown(socket.SHUT_RDWR)
         self._open.clear()
 
