@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import requests
+from datasets import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / "cluster" / "local"
@@ -133,6 +136,27 @@ def joined(folder: Path, bare: dict[str, str], start: dict[str, str], said: str)
     exports = dict(re.findall(r"^export (\w+)=(.*)$", said, re.MULTILINE))
     url, metrics = (f"http://127.0.0.1:{start[name]}" for name in ("FVLM_DASHBOARD_PORT", "FVLM_METRICS_PORT"))
     return Cluster(folder, url, f"{metrics}/metrics", bare | exports, start)
+
+
+@contextlib.contextmanager
+def workstation(environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """One machine's cluster, with token authentication and a tiny dataset; `environment` is everybody's there."""
+    folder = Path(tempfile.mkdtemp(prefix="fvlm-"))  # pytest's own folders are too deep for Ray's sockets
+    bare, start = (each | dict(environment or {}) for each in settings(folder))
+    write_dataset(folder / "data")
+    try:
+        started = subprocess.run([LOCAL / "start.sh"], env=start, capture_output=True, text=True, check=False)
+        assert started.returncode == 0, started.stderr
+        cluster = joined(folder, bare, start, started.stdout)
+        try:
+            yield cluster
+        finally:
+            for process in cluster.started:
+                process.kill()
+                process.wait()
+    finally:
+        subprocess.run([LOCAL / "stop.sh"], env=start, check=True)
+        shutil.rmtree(folder)
 
 
 def members(cluster: Cluster, session: int) -> list[psutil.Process]:

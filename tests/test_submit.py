@@ -12,17 +12,14 @@ import socketserver
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 import requests
-from datasets import write_dataset
-from jobs import LOCAL, RAY, ROOT, STEPS, Cluster, Command, joined, members, settings, submit, until
+from jobs import LOCAL, RAY, ROOT, STEPS, Cluster, Command, members, submit, until, workstation
 from secrets_planted import SECRETS, leaks
 
 from fvlm.train.run_folder import finished_steps
@@ -36,22 +33,8 @@ PLANTED = {name: secret for name, secret in SECRETS.items() if not name.startswi
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="fvlm-"))  # pytest's own folders are too deep for Ray's sockets
-    bare, start = (env | PLANTED for env in settings(folder))
-    write_dataset(folder / "data")
-    try:
-        started = subprocess.run([LOCAL / "start.sh"], env=start, capture_output=True, text=True, check=False)
-        assert started.returncode == 0, started.stderr
-        cluster = joined(folder, bare, start, started.stdout)
-        try:
-            yield cluster
-        finally:
-            for process in cluster.started:
-                process.kill()
-                process.wait()
-    finally:
-        subprocess.run([LOCAL / "stop.sh"], env=start, check=True)
-        shutil.rmtree(folder)
+    with workstation(PLANTED) as cluster:
+        yield cluster
 
 
 def test_the_cluster_listens_on_loopback_only_and_its_token_is_private(cluster):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
-from datasets import write_dataset
-from jobs import LOCAL, Cluster, Command, joined, settings, submit, until
+from jobs import Cluster, Command, submit, until, workstation
 
 from ops.prometheus import Prometheus
 from ops.tools import CLUSTER
@@ -32,23 +29,9 @@ def copy(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A workstation's cluster, with token authentication."""
-    folder = Path(tempfile.mkdtemp(prefix="fvlm-"))  # pytest's own folders are too deep for Ray's sockets
-    bare, start = settings(folder)
-    write_dataset(folder / "data")
-    (folder / "runs").mkdir()
-    try:
-        started = subprocess.run([LOCAL / "start.sh"], env=start, capture_output=True, text=True, check=False)
-        assert started.returncode == 0, started.stderr
-        cluster = joined(folder, bare, start, started.stdout)
-        try:
-            yield cluster
-        finally:
-            for process in cluster.started:
-                process.kill()
-                process.wait()
-    finally:
-        subprocess.run([LOCAL / "stop.sh"], env=start, check=True)
-        shutil.rmtree(folder)
+    with workstation() as cluster:
+        (cluster.folder / "runs").mkdir()
+        yield cluster
 
 
 @pytest.fixture(scope="module")
