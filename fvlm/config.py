@@ -101,6 +101,8 @@ class TrainConfig:
     compile: Literal["auto", "off", "layers", "whole"] = "auto"
     """torch.compile: one program for each kind of transformer block, or one for all of forward and backward, which
     takes many times as long to compile. "auto": "layers" on a GPU, "off" on a CPU."""
+    cuda_graphs: bool = False
+    """Record forward and backward pass and let the GPU run them without the host: for small batches on one GPU."""
     compile_cache: str = "~/.cache/fvlm/compile"
     """Folder on each node's own disk where compiled programs are kept for the next start; safe to share."""
     memory: Literal["auto", "speed", "balanced", "small"] = "auto"
@@ -302,6 +304,11 @@ def validate(config: Config) -> Config:
         config.scale.strategy != "shard" or config.train.compile != "whole",
         "--scale.strategy shard gathers each layer's weights when it runs, which one program for the whole step "
         "(--train.compile whole) cannot contain. Use --train.compile layers.",
+    )
+    _require(
+        workers == 1 or not config.train.cuda_graphs,
+        f"--train.cuda-graphs is for one rank, and --scale.workers is {workers}: ranks talk to each other while they "
+        "compute, which is not recorded. Leave it out.",
     )
     _require(
         config.scale.min_workers <= workers,

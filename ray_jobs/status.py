@@ -104,7 +104,7 @@ def last_start(folder: Path) -> tuple[LastStart, list[str]]:
 
 def page(run: RunReport) -> str:
     """One run, on a few lines."""
-    lines = [f"{run.run}: {run.state} ({STATES[run.state]})"]
+    lines = [f"{run.run}: {run.state} ({run.failed if run.state == 'failed' and run.failed else STATES[run.state]})"]
     shown = {
         "step": steps(run),
         "data": data(run),

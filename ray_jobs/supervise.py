@@ -244,7 +244,7 @@ def no_room(failure: BaseException) -> bool:
     )
 
 
-def summary(failure: Failure) -> str:
+def summary(failure: BaseException) -> str:
     """One line: who failed, and the line that says why."""
     if isinstance(failure, WorkerGroupError) and failure.worker_failures:
         rank, error = min(failure.worker_failures.items())

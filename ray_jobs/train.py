@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -9,7 +10,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -30,15 +31,16 @@ from fvlm.model.hub import vocabulary_size
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import settle_batch
 from fvlm.train.run_folder import TOKENIZER, exclusive, open_run
+from fvlm.train.run_log import FAILED
 from fvlm.train.sinks import TRAIN_LOG, TrainLog
 from fvlm.train.store import checkpoint_store, newest_step
-from ray_jobs.cli import run_command
+from ray_jobs.cli import run_command, user_error
 from ray_jobs.cluster import connect
 from ray_jobs.command import remember
 from ray_jobs.feed_test import feeds
 from ray_jobs.ingest import cpus_needed, ingest_memory, store_needed
 from ray_jobs.options import FeedTest, command_line
-from ray_jobs.supervise import StopRequest, keep_training, on_gpu
+from ray_jobs.supervise import StopRequest, keep_training, on_gpu, summary
 
 CAPTIONS_FOR_TOKENIZER = 100_000
 
@@ -60,13 +62,25 @@ def main() -> None:
     with exclusive(run_dir):
         remember(config, sys.argv[1:])
         CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: an error before anything starts
-        with cluster(config, memory), follow(run_dir / TRAIN_LOG), StopRequest() as stop:
+        note = TrainLog(run_dir, steps).note
+        with cluster(config, memory), follow(run_dir / TRAIN_LOG), StopRequest() as stop, failure_noted(note):
             check_resources(config, memory, on_gpu(config))
-            done = keep_training(config, manifest, stop, TrainLog(run_dir, steps).note)
+            done = keep_training(config, manifest, stop, note)
     if done < steps:
         print(f"{config.run_name}: stopped at step {done} of {steps}; the same command goes on there.", flush=True)
         os._exit(128 + (stop.signal or 0))  # a thread may still wait in Ray for a place: a plain exit would crash on it
     print(f"{config.run_name}: finished {steps} steps. Checkpoint: {store.locate(store.names()[-1])}", flush=True)
+
+
+@contextlib.contextmanager
+def failure_noted(note: Callable[[str], None]) -> Iterator[None]:
+    """The log says why the command failed: whoever looks at the run later may not have its output."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(UserError, OSError):  # there may be no room for the line
+            note(f"{FAILED}{user_error(error) or summary(error)}")
+        raise
 
 
 def settle(config: Config) -> Config:

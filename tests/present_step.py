@@ -6,6 +6,11 @@ gradient checkpointing on the language model, one pass of it for every sequence 
 earlier iteration with a graph although nothing trains on them, logits for every position, clipping and AdamW as torch's
 defaults have them.
 
+One habit is not known, and decides most of the time: how the loop takes a frame from the kept keys and values. The
+gradient of a slice is a tensor of zeros as large as what it was cut from, with the slice in it. If every layer's keys
+are a tensor (`stacked=False`, the kinder reading) that is a layer's worth a slice; if all layers' are one, it is twelve
+times as much. Operations and results are the same.
+
 A plain step with two fine iterations makes seven passes of the language model: the queries after the coarse pass and
 after each iteration (the last ones for nobody), and a caption and a reconstruction pass for each iteration. Every
 `coarse_every` steps the two losses of the coarse tokens are read too, without gradient.
@@ -16,7 +21,7 @@ The parameters are those of `reference.ReferenceModel` under the same names, so 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +35,8 @@ from fvlm.batch import IGNORE, Batch
 from fvlm.config import Config, ObjectiveConfig
 from fvlm.train.optim import learning_rate
 
-KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
-"""For every encoder layer (K, V), each [B, T, heads, N, head width]."""
+KeysValues = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | tuple[torch.Tensor, torch.Tensor]
+"""(K, V), for every encoder layer [B, T, heads, N, head width]; stacked, each is one tensor with the layers first."""
 Scalars = dict[str, torch.Tensor]
 
 
@@ -66,7 +71,7 @@ def present_model(model: nn.Module, attention: str = "sdpa") -> ReferenceModel:
     return present.to(model.q_static.device).train()
 
 
-def encode_frames(model: nn.Module, frames: torch.Tensor) -> KeysValues:
+def encode_frames(model: nn.Module, frames: torch.Tensor, stacked: bool = False) -> KeysValues:
     """uint8 [B, T, H, W, 3] -> the patches' keys and values. Every layer has made them already, once."""
     b, t = frames.shape[:2]
     mean = torch.tensor(IMAGENET_MEAN, device=frames.device)
@@ -78,13 +83,13 @@ def encode_frames(model: nn.Module, frames: torch.Tensor) -> KeysValues:
         inputs.append(hidden)
         hidden = layer(hidden)
     heads = model.encoder.dino.config.num_attention_heads
-    keys_values = []
+    keys, values = [], []
     for layer, x in zip(model.encoder.dino.encoder.layer, inputs, strict=True):
         _, k_proj, v_proj, _ = projections(layer)
         normed = layer.norm1(x)
-        k, v = (_heads(projection(normed), heads).unflatten(0, (b, t)) for projection in (k_proj, v_proj))
-        keys_values.append((k, v))
-    return keys_values
+        for kept, projection in ((keys, k_proj), (values, v_proj)):
+            kept.append(_heads(projection(normed), heads).unflatten(0, (b, t)))
+    return (torch.stack(keys), torch.stack(values)) if stacked else (keys, values)
 
 
 def projections(layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
@@ -105,10 +110,11 @@ def query_frame(model: nn.Module, query: torch.Tensor, keys_values: KeysValues, 
     """Queries [B, Q] for frame t of every clip -> what they saw [B, D]."""
     x = model.encoder.query_input_proj(query).unsqueeze(1)  # [B, 1, D]
     heads = model.encoder.dino.config.num_attention_heads
-    for layer, (k, v) in zip(model.encoder.dino.encoder.layer, keys_values, strict=True):
+    keys, values = keys_values
+    for i, layer in enumerate(model.encoder.dino.encoder.layer):
         q_proj, _, _, o_proj = projections(layer)
         q = _heads(q_proj(layer.norm1(x)), heads)
-        seen = F.scaled_dot_product_attention(q, k[:, t], v[:, t]).transpose(1, 2).reshape(x.shape)
+        seen = F.scaled_dot_product_attention(q, keys[i][:, t], values[i][:, t]).transpose(1, 2).reshape(x.shape)
         x = x + layer.layer_scale1(o_proj(seen))
         x = x + layer.layer_scale2(layer.mlp(layer.norm2(x)))
     return model.encoder.query_output_proj(model.encoder.dino.layernorm(x)).squeeze(1)
@@ -158,7 +164,9 @@ def recon_loss(model: nn.Module, z: torch.Tensor, token: torch.Tensor, latents: 
     return F.mse_loss(predicted.unflatten(0, (b, t)).float(), latents)
 
 
-def present_losses(model: nn.Module, batch: Batch, config: ObjectiveConfig, readings: bool = False) -> PresentLosses:
+def present_losses(
+    model: nn.Module, batch: Batch, config: ObjectiveConfig, readings: bool = False, stacked: bool = False
+) -> PresentLosses:
     """The losses of one step; `readings` adds those of the coarse tokens, without gradient."""
     b, t = batch.frames.shape[:2]
 
@@ -168,7 +176,7 @@ def present_losses(model: nn.Module, batch: Batch, config: ObjectiveConfig, read
             recon_loss(model, z, token, batch.latents),
         )
 
-    keys_values = encode_frames(model, batch.frames)
+    keys_values = encode_frames(model, batch.frames, stacked)
     z = visual_tokens(model, model.q_static.expand(b, t, -1), keys_values)
     caption_coarse = recon_coarse = None
     if readings:
@@ -185,7 +193,7 @@ def present_losses(model: nn.Module, batch: Batch, config: ObjectiveConfig, read
     return PresentLosses(loss, caption, recon, caption_coarse, recon_coarse)
 
 
-def make_present_step(config: Config, model: ReferenceModel) -> Callable[[Batch, int], Scalars]:
+def make_present_step(config: Config, model: ReferenceModel, stacked: bool = False) -> Callable[[Batch, int], Scalars]:
     """step(batch, number) -> scalars on the device: a whole optimiser step, with an optimiser as torch makes it."""
     optim = config.optim
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -199,7 +207,8 @@ def make_present_step(config: Config, model: ReferenceModel) -> Callable[[Batch,
             group["lr"] = learning_rate(number, optim)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            losses = present_losses(model, batch, config.objective, number % config.objective.coarse_every == 0)
+            readings = number % config.objective.coarse_every == 0
+            losses = present_losses(model, batch, config.objective, readings, stacked)
         losses.loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, optim.grad_clip)
         optimizer.step()

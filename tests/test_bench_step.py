@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks" / "step"))
 from chips import peak_of
 from compare import Bench, Spec, compare
 from counts import count
-from parts import loss_curve, sweep
+from parts import loss_curve, readings, sweep
 from variants import base_model, build, caption_batches, latent_shape, learnable_batches, make_config
 
 from fvlm.batch import IGNORE, Batch
@@ -111,7 +111,7 @@ def full_size_counts():
             ids = torch.empty(1, length, dtype=torch.int64)
             frames = torch.empty(1, t, side, side, 3, dtype=torch.uint8)
             batch = Batch(frames, torch.empty(1, t, *latent_shape(config)).half(), ids, ids, ("a",))
-            for name in ("present", "eager"):
+            for name in ("present", "stacked", "eager"):
                 variant = build(name, "fp32", config, base_model(config), CPU)
                 found[name] = count(lambda variant=variant: variant.plain(batch))[1]
     return found
@@ -119,9 +119,9 @@ def full_size_counts():
 
 def test_the_present_style_costs_what_was_measured_of_the_present_script(full_size_counts):
     """538 GFLOP a clip and 36,100 kernels were measured of it, attention's operations left out."""
-    present = full_size_counts["present"]
-    assert present.products / 1e9 == pytest.approx(538, rel=0.01)
-    assert present.operators_model == pytest.approx(36_100, rel=0.04)
+    for present in (full_size_counts["present"], full_size_counts["stacked"]):
+        assert present.products / 1e9 == pytest.approx(538, rel=0.01)
+        assert present.operators_model == pytest.approx(36_100, rel=0.04)
 
 
 def test_our_step_costs_what_the_mathematics_needs(full_size_counts):
@@ -147,6 +147,14 @@ def test_variants_agree_and_every_figure_is_there():
     assert rows[0].gflop_clip > rows[1].gflop_clip and rows[0].operators_model > 2 * rows[1].operators_model
     # One numerator for all: the present style's operations are more, its share of the chip's best is not.
     assert rows[0].mfu / rows[1].mfu == pytest.approx(rows[1].ms / rows[0].ms)
+
+
+def test_a_variant_that_cannot_be_here_is_said_and_the_others_go_on(capsys):
+    config, specs = make_config("demo", 1, **TINY), [Spec("graphs", "fp32"), Spec("eager", "fp32")]
+    recorded, eager = compare(bench(), config, specs)
+    assert recorded.ms is None and "not on a CUDA GPU" in recorded.note and eager.ms and not eager.note
+    assert [row["variant"] for row in readings(bench(), config, specs)] == ["eager fp32"]
+    assert "graphs fp32: --train.cuda-graphs: this run is not on a CUDA GPU" in capsys.readouterr().out
 
 
 def test_a_batch_that_does_not_fit_ends_the_sweep_and_is_said(monkeypatch, capsys):
@@ -214,7 +222,7 @@ def test_it_needs_torch_transformers_and_numpy_alone():
 
 def test_wrong_options_are_told_in_one_line(program, capsys):
     for options, told in (
-        (["--variants", "present,fast"], "no fast; there are present, eager"),
+        (["--variants", "present,fast"], "no fast; there are present, stacked, eager"),
         (["--precision", "fp16"], "fp32, bf16, or fp32,bf16"),
         (["--sweep", "8,many"], "--sweep 8,many: numbers with commas between them"),
         (["--merge", "a.json"], "--merge needs --json"),
@@ -259,7 +267,7 @@ def test_the_gpu_script_runs_in_full_at_a_tiny_size(tmp_path):
     assert merged["machine"]["torch"] == torch.__version__ and merged["machine"]["date"]
     main = merged["runs"]["main"]["parts"]
     rows = {row["variant"]: row for row in main["compare"]}
-    assert list(rows) == ["present", "eager", "compiled"] and not any(row["note"] for row in rows.values())
+    assert list(rows) == ["present", "stacked", "eager", "compiled"] and not any(row["note"] for row in rows.values())
     assert rows["compiled"]["loss"] == pytest.approx(rows["eager"]["loss"], rel=1e-3)
     assert rows["compiled"]["graphs"] > 0 and rows["compiled"]["breaks"] == 0
     assert main["captions"]["recompilations"] == 0 and main["captions"]["steps"] == 12

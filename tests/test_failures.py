@@ -17,6 +17,7 @@ from datasets import write_dataset
 from test_train import STEPS_PER_EPOCH, Training, wait_for
 
 from fvlm.train.run_folder import CHECKPOINTS
+from fvlm.train.sinks import TRAIN_LOG
 from fvlm.train.state import MODEL, checkpoints
 from ray_jobs.cluster import connect
 
@@ -141,6 +142,7 @@ def test_failures_without_progress_end_the_run_with_the_last_reason(data, tmp_pa
     assert driver.returncode == 1, output
     assert output.count("starting again from step 0, failure 1 without a new checkpoint, of 1") == 1, output
     assert "memory" in output
+    assert " failed: " in (training.folder / TRAIN_LOG).read_text().splitlines()[-1]
 
 
 def test_a_run_that_waits_for_a_place_in_the_cluster_says_so_and_ends_at_once_when_asked_to(data, tmp_path):

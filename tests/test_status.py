@@ -231,6 +231,19 @@ def test_a_damaged_folder_is_shown_as_what_it_is(root, say, spoil, wanted):
     assert "mine" in say("--runs-dir", root / "runs") and say.code == 0
 
 
+def test_a_failed_start_is_told_with_its_reason_until_another_one_begins(root, told, say):
+    """That the command itself leaves this line: test_train.py fills a disk, test_failures.py takes the memory."""
+    run_dir = root / "runs" / "mine"
+    shutil.rmtree(run_dir / "checkpoints")
+    log = run_dir / "train.log"
+    log.write_text(log.read_text() + "2026-11-23 10:00:00 failed: no space left on the disk\n")
+    found = told(root / "runs", "mine")
+    assert (found["state"], found["failed"]) == ("failed", "no space left on the disk")
+    assert "mine: failed (no space left on the disk)" in say("mine", "--runs-dir", root / "runs")
+    log.write_text(log.read_text() + "2026-11-23 10:01:00 starting at step 0\n")
+    assert told(root / "runs", "mine")["failed"] == ""
+
+
 def test_a_bit_flipped_in_the_state_of_a_checkpoint_is_seen(root, told):
     path = root / "runs" / "mine" / "checkpoints" / "step-00000040" / STATE
     content = bytearray(path.read_bytes())

@@ -25,6 +25,7 @@ from wandb_file import history, starts
 from fvlm import presets
 from fvlm.config import flatten
 from fvlm.train.run_folder import CHECKPOINTS
+from fvlm.train.sinks import TRAIN_LOG
 from fvlm.train.state import checkpoints, step_of
 
 STEPS, SAVE_EVERY, STEPS_PER_EPOCH = 14, 5, 6
@@ -272,6 +273,7 @@ def test_two_workers_on_a_disk_that_fills_up_stop_with_the_reason_then_resume_to
     assert f"checkpoints/step-{2 * SAVE_EVERY:08d}: no space left on the disk" in message
     assert "run the same command again" in message
     assert "Traceback" not in output
+    assert f" failed: {message.removeprefix('error: ')}\n" in (two.folder / TRAIN_LOG).read_text()
     assert two.saved_steps() == [SAVE_EVERY]
     assert [path.name for path in (two.folder / CHECKPOINTS).iterdir()] == [f"step-{SAVE_EVERY:08d}"]
 

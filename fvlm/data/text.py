@@ -22,6 +22,11 @@ LENGTH_STEP = 32
 """Captions are padded to a multiple of this, so that a compiled step meets few lengths."""
 
 
+def padded_lengths(max_tokens: int) -> list[int]:
+    """Every length that a batch's captions can have, the greatest first."""
+    return [max_tokens, *range((max_tokens - 1) // LENGTH_STEP * LENGTH_STEP, 0, -LENGTH_STEP)]
+
+
 class CaptionTokenizer:
     """Turns captions into what the batch contract asks for.
 

@@ -52,7 +52,9 @@ class Blocks:
 
     def recomputed(self, *kinds: str) -> Blocks:
         """Blocks of these kinds keep what goes into them, and compute the rest again when gradients are made."""
-        return replace(self, **{kind: partial(checkpoint, getattr(self, kind), use_reentrant=False) for kind in kinds})
+        # Nothing in them is random (models with dropout are refused), and a recording cannot ask for random states.
+        again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return replace(self, **{kind: again(getattr(self, kind)) for kind in kinds})
 
 
 class Projections:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from fvlm.config import ModelConfig
+from fvlm.errors import UserError
 from fvlm.model.encoder import FoveatedEncoder, PatchCache
 from fvlm.model.language import read_sequences
 from fvlm.model.prediction import PredictionHead
@@ -43,6 +44,11 @@ class FoveatedVLM(nn.Module):
         latent_shape: tuple[int, int, int] = (4, 32, 32),
     ):
         super().__init__()
+        if getattr(language.config, "attention_dropout", 0.0):
+            raise UserError(
+                "model.language: this language model has attention_dropout above 0, and a run that is resumed could "
+                "not repeat it. Set it to 0."
+            )
         q, e = config.query_width, language.config.hidden_size
         self.config = config
         # Std 1: with 0.02 all queries look alike, attention is uniform, and coarse equals fine.

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fvlm.batch import Batch
 from fvlm.config import Config, ScaleConfig
+from fvlm.data.text import padded_lengths
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.hub import build_model
@@ -62,7 +63,7 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, init="random"),
-        train=dataclasses.replace(config.train, compile="off"),
+        train=dataclasses.replace(config.train, compile="off", cuda_graphs=False),
     )
     with torch.device("meta"):
         model = build_model(config.model, latent_shape, seed=0)
@@ -137,10 +138,12 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def mock_batch(config: Config, latent_shape: tuple[int, int, int], clips: int, vocabulary: int) -> Batch:
-    """A batch of the largest shape that a run can meet: grey frames, and captions of the greatest length."""
+def mock_batch(
+    config: Config, latent_shape: tuple[int, int, int], clips: int, vocabulary: int, tokens: int | None = None
+) -> Batch:
+    """Grey frames, and captions of so many tokens: without a number, of the most that a run can meet."""
     data = config.data
-    ids = torch.arange(clips * data.max_caption_tokens).view(clips, -1) % vocabulary
+    ids = torch.arange(clips * (tokens or data.max_caption_tokens)).view(clips, -1) % vocabulary
     frames = torch.full((clips, data.num_frames, data.frame_size, data.frame_size, 3), 127, dtype=torch.uint8)
     latents = torch.zeros(clips, data.num_frames, *latent_shape, dtype=torch.float16)
     return Batch(frames, latents, ids, ids.clone(), ("mock",) * clips)
@@ -172,14 +175,15 @@ def clips_of_a_rank(config: Config) -> int:
 
 
 def warm_up(step: Step, latent_shape: tuple[int, int, int]) -> str:
-    """Forward and backward of a mock batch, with readings and without: what is to be compiled is compiled, and too
-    little memory shows now. Changes nothing. All ranks do it together. Returns a line. Raises UserError.
+    """Forward and backward of mock batches of every shape, with readings and without: what is to be compiled or
+    recorded is, and too little memory shows now. Changes nothing. All ranks do it together. Returns a line. Raises
+    UserError.
     """
     config, model = step.config, step.model
-    device = model.q_static.device
-    batch = mock_batch(config, latent_shape, clips_of_a_rank(config), model.llm.config.vocab_size).to(device)
+    device, clips, vocabulary = model.q_static.device, clips_of_a_rank(config), model.llm.config.vocab_size
     try:
-        for readings in (True, False):
+        for tokens, readings in itertools.product(padded_lengths(config.data.max_caption_tokens), (True, False)):
+            batch = mock_batch(config, latent_shape, clips, vocabulary, tokens).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                 losses = step.losses_of(model, batch, config.objective, readings)
             losses.loss.backward()

@@ -14,6 +14,8 @@ from typing import Any
 
 TAILS = (1 << 16, 1 << 20, 1 << 23)
 """Bytes of metrics.jsonl that are read: the next size only where something wanted was not found. It has no bound."""
+FAILED = "failed: "
+"""How the line of a command that failed begins; the reason follows."""
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.+)")
 _STEP = re.compile(r"step \d+/\d+ \(")
 _START = re.compile(r"starting at step \d+|resumed at step \d+ from ")
@@ -37,6 +39,8 @@ class RunLog:
     """Whether the last start has logged a step."""
     ended: str = ""
     """How the last start ended, as far as it said so: "stopped after" or "finished"."""
+    failed: str = ""
+    """Why the last start failed, as far as it could still say so."""
     note: str = ""
     """The last line that is not about a step, an evaluation or a checkpoint, with its time."""
     saved: tuple[str, float] | None = None
@@ -66,11 +70,14 @@ def _take(log: RunLog, when: str, text: str) -> None:
         return
     log.note = f"{when} {text}"
     if _START.match(text):
-        log.starts, log.started_at, log.stepped, log.ended = log.starts + 1, _seconds(when), False, ""
+        log.starts, log.started_at = log.starts + 1, _seconds(when)
+        log.stepped, log.ended, log.failed = False, "", ""
     elif place := _PLACE.search(text):
         log.on = place[1]
     elif ended := _ENDED.match(text):
-        log.ended = ended[1]
+        log.ended, log.failed = ended[1], ""
+    elif text.startswith(FAILED):
+        log.ended, log.failed = "", text.removeprefix(FAILED)
 
 
 def _seconds(when: str) -> float:

@@ -32,7 +32,7 @@ STATES: dict[State, str] = {
     "finished": "all steps are done",
     "held": "stopped on purpose: `ray_jobs.resume` leaves it alone",
     "stopped": "its last start was asked to stop, or finished what it was asked for",
-    "failed": "its last start ended without saying why here: it was killed, or its job's log or terminal tells",
+    "failed": "its last start ended without a word: it was killed, or its job's log or terminal tells",
 }
 WANTED = ("train/loss", "train/step_time", *(f"{name}_avg" for name in RATIOS))
 MOST_QUIET_S = 600.0
@@ -75,6 +75,8 @@ class RunReport:
     skipped: int = 0
     corrupt: int = 0
     log: str = ""
+    failed: str = ""
+    """Why the last start failed, as far as it could still say so."""
     note: str = ""
     """The last line of the log that is not about a step or a checkpoint."""
     wandb: str = ""
@@ -151,7 +153,8 @@ def report(run_dir: Path, last: LastStart, now: float) -> RunReport:
     ended = log.ended == "finished" and not seen  # it says so when its checkpoint is safe
     done = checkpoint.step if checkpoint else readings.step if ended else 0
     state = _state(run_dir, last, log, done, step_s or 0.0, now, remarks)
-    if age_s is not None and age_s < FRESH_S and state in ("held", "stopped", "failed") and not log.ended:
+    said_why = log.ended or log.failed
+    if age_s is not None and age_s < FRESH_S and state in ("held", "stopped", "failed") and not said_why:
         remarks.append(
             f"written {age_s:.0f} s ago, though no process of this machine holds its lock: it ended just now, or is "
             "trained on a machine whose locks are not seen here"
@@ -181,6 +184,7 @@ def report(run_dir: Path, last: LastStart, now: float) -> RunReport:
         skipped=_lines(run_dir / SKIPPED, remarks),
         corrupt=_corrupt(run_dir, remarks),
         log=str(run_dir / TRAIN_LOG),
+        failed=log.failed,
         note=log.note,
         wandb=_wandb(run_dir),
         remarks=tuple(remarks),

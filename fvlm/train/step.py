@@ -11,9 +11,11 @@ import torch
 
 from fvlm.batch import Batch
 from fvlm.config import Config
+from fvlm.errors import UserError
 from fvlm.model.blocks import Blocks
 from fvlm.model.foveated import FoveatedVLM
-from fvlm.model.objective import Losses, compute_losses, read_losses, trained_losses
+from fvlm.model.objective import Losses, Trained, compute_losses, read_losses, trained_losses
+from fvlm.train.cuda_graphs import RecordedLosses
 from fvlm.train.metrics import Scalars
 from fvlm.train.optim import learning_rate, parameters_of, update
 from fvlm.train.parallel import GradientAverage, clip_gradients, compiled_in_parts
@@ -48,8 +50,11 @@ class Step:
 
 
 def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
-    """`compute_losses`, or the same with compiled parts. Sets how the model runs its blocks."""
-    kind = compile_kind(config, model.q_static.device)
+    """`compute_losses`, or the same with compiled or recorded parts. Sets how the model runs its blocks."""
+    device = model.q_static.device
+    if config.train.cuda_graphs and device.type != "cuda":
+        raise UserError("--train.cuda-graphs: this run is not on a CUDA GPU. Leave it out.")
+    kind = compile_kind(config, device)
     if kind != "off":
         # Read by torch whenever it compiles; what lies there already is keyed by code, shapes, torch and chip.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.train.compile_cache).expanduser()))
@@ -57,13 +62,14 @@ def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_PROGRAMS)
     blocks = compiled_in_parts(model, Blocks().compiled()) if kind == "layers" else Blocks()
     model.encoder.blocks = blocks.recomputed(*RECOMPUTED.get(config.train.memory, ()))
-    if kind != "whole":
-        return compute_losses
-    return functools.partial(
-        compute_losses,
-        trained=torch.compile(trained_losses, fullgraph=True, dynamic=False),
-        read=torch.compile(read_losses, fullgraph=True, dynamic=False),
-    )
+    trained: Callable[..., Trained] = trained_losses
+    read: Callable[..., tuple[list[torch.Tensor], list[torch.Tensor]]] = read_losses
+    if kind == "whole":
+        trained = torch.compile(trained_losses, fullgraph=True, dynamic=False)
+        read = torch.compile(read_losses, fullgraph=True, dynamic=False)
+    if config.train.cuda_graphs:
+        trained = RecordedLosses(trained)
+    return functools.partial(compute_losses, trained=trained, read=read)
 
 
 def compile_kind(config: Config, device: torch.device) -> str:

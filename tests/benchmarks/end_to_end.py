@@ -1,8 +1,8 @@
 """What is left of a bare step's speed in a whole run: python tests/benchmarks/end_to_end.py [--help]
 
 Bare: the step alone, in one process, on batches that lie decoded in memory. Run: `python -m ray_jobs.train` on the same
-clips, with ingest, metrics, logs and checkpoints. Both compute on so many threads, turn by turn; medians over laps of
-ten steps, the first two laps left out. The last line is JSON.
+clips, with ingest, metrics, logs and checkpoints. Both compute on so many threads, turn by turn; of each round the
+medians over laps of ten steps, the first two laps left out, and of the rounds the median. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -45,20 +45,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     Path("build").mkdir(exist_ok=True)
-    bare, run = [], []
+    bare: list[float] = []  # medians, one a round
+    run: list[float] = []
     with tempfile.TemporaryDirectory(dir="build") as folder:
         write_dataset(Path(folder) / "data", clips=160, frame_size=112, rows_per_row_group=8)
         manifest = read_manifest(Path(folder).resolve() / "data")
         for number in range(args.rounds):
             config = demo_config(Path(folder).resolve(), f"round-{number}", args.steps, args.clips, 1, args.threads)
-            run += laps(train(config))
-            bare += laps_of_bare_step(config, manifest)
+            run.append(statistics.median(laps(train(config))))
+            bare.append(statistics.median(laps_of_bare_step(config, manifest)))
+            print(f"round {number + 1}: bare {1000 * bare[-1]:.0f} ms a step, run {1000 * run[-1]:.0f}", flush=True)
     speeds = {name: args.clips / statistics.median(seconds) for name, seconds in (("bare", bare), ("run", run))}
-    share = speeds["run"] / speeds["bare"]
+    shares = [alone / whole for alone, whole in zip(bare, run, strict=True)]
+    share = statistics.median(shares)
     for name, speed in speeds.items():
         print(f"{name:5} {speed:6.2f} clips/s, {1000 * args.clips / speed:5.0f} ms a step")
-    print(f"a whole run has {100 * share:.1f} % of the bare step's speed")
-    print(json.dumps({"clips_per_s": speeds, "share": share} | vars(args)))
+    listed = ", ".join(f"{100 * value:.1f}" for value in sorted(shares))
+    print(f"a whole run has {100 * share:.1f} % of the bare step's speed (median of {listed})")
+    print(json.dumps({"clips_per_s": speeds, "share": share, "shares": shares} | vars(args)))
 
 
 def laps_of_bare_step(config: Config, manifest: Manifest) -> list[float]:

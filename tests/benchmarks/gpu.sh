@@ -42,10 +42,10 @@ rm -f "$out"/*.json "$out"/*.log
 cd "$root" || exit 2
 if [ -n "$dry" ]; then
     common=(--device cpu --preset demo --layers 1 --batch 2 --frames 2 --size 28 --caption 24 --threads 1 --repeats 2 --warmup 1)
-    steps=12 curve=24 sizes=2,4 ours=eager all=900
+    steps=12 curve=24 sizes=2,4 ours=eager main=present,stacked,eager,compiled all=900
 else
     common=(--device cuda --preset "${PRESET:-joint_multifine}")
-    steps=200 curve=300 sizes=16,32,64,96,128 ours=compiled all=470
+    steps=200 curve=300 sizes=16,32,64,96,128 ours=compiled main=present,stacked,eager,graphs,compiled all=470
     if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         echo "error: $PYTHON has no torch that sees a CUDA GPU. Give another with PYTHON=..., or try --dry-run." >&2
         exit 2
@@ -80,7 +80,7 @@ part() {
     fi
 }
 
-part main 170 --precision bf16 --compare --captions $steps --readings --profile "$out/profile.txt"
+part main 170 --precision bf16 --variants $main --compare --captions $steps --readings --profile "$out/profile.txt"
 part restart 40 --precision bf16 --variants compiled --repeats 3 --warmup 1
 part fp32 60 --precision fp32 --variants "present,$ours" --repeats 3
 part sweep 80 --precision bf16 --variants $ours --repeats 5 --warmup 2 --sweep $sizes

@@ -3,10 +3,12 @@
 Builds a preset's model with random weights and times whole optimizer steps (forward, backward, clipping, AdamW) in one
 process, in turns, from the same weights and on the same batch:
 
-    present    as the experiment's present script works (tests/present_step.py)
+    present    as the experiment's present script works (tests/present_step.py), in the kinder of two readings
+    stacked    the same in the other one: the keys of all layers are one tensor, of which slices are taken
     eager      ours
     compiled   ours with torch.compile, a program for each kind of transformer block
     whole      ours with torch.compile, one program for forward and backward (long to compile)
+    graphs     compiled, recorded as CUDA graphs
 
 Without any of the options under "parts" they are compared. Prints tables and, last, one line of JSON.
 """
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "step"))
 import parts
 import speed_table
 from compare import Bench, Spec, compare, table
-from variants import VARIANTS, make_config
+from variants import PRESENT, VARIANTS, make_config
 
 from fvlm.config import Config
 from fvlm.errors import UserError
@@ -42,7 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is timed")
     what.add_argument("--preset", default="joint_multifine")
-    what.add_argument("--variants", default="present,eager,compiled", help="default %(default)s")
+    what.add_argument("--variants", default="present,stacked,eager,compiled", help="default %(default)s")
     what.add_argument("--precision", help="fp32, bf16, or both with a comma; default: the preset's")
     what.add_argument("--batch", type=int, help="clips in a step; default: the preset's, on a CPU 2")
     what.add_argument("--frames", type=int)
@@ -88,7 +90,7 @@ def make_parts(
     args: argparse.Namespace, bench: Bench, config: Config, specs: list[Spec]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names of the parts that were asked for, and what to call for them; what is vital first."""
-    ours = [spec for spec in specs if spec.name != "present"] or specs
+    ours = [spec for spec in specs if spec.name not in PRESENT] or specs
     chosen = ("captions", "readings", "profile", "loss_curve", "sweep", "table", "row")
 
     def comparison() -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from chips import machine, measured_peak, synchronise, table_peak
 from counts import Compiled, count, count_kernels, is_out_of_memory, peak_memory
-from variants import Variant, base_model, build, random_batch
+from variants import PRESENT, Variant, base_model, build, random_batch
 
 from fvlm.batch import Batch
 from fvlm.config import Config
+from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
 
 LEAST_READING_S = 0.3
@@ -26,7 +27,7 @@ LEAST_READING_S = 0.3
 MOST_STEPS_A_READING = 20
 LEAST_READINGS = 3
 """Taken even when the time is over."""
-COMPILED = ("compiled", "whole")
+COMPILED = ("compiled", "whole", "graphs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def no_recomputing(config: Config) -> Config:
 
 
 def compare(bench: Bench, config: Config, specs: list[Spec]) -> list[Row]:
-    """A row for every spec. One that does not fit in memory has a note, and the others go on."""
+    """A row for every spec. One that does not fit in memory, or cannot be here, has a note, and the others go on."""
     base = base_model(config)
     batch = random_batch(config, bench.device)
     rows, variants = [], []
@@ -141,6 +142,9 @@ def compare(bench: Bench, config: Config, specs: list[Spec]) -> list[Row]:
             if not is_out_of_memory(error):
                 raise
             row.note = "out of memory"
+            variants.append(None)
+        except UserError as error:
+            row.note = str(error)
             variants.append(None)
         rows.append(row)
         free(bench.device)
@@ -190,7 +194,7 @@ def _in_turns(bench: Bench, rows: list[Row], variants: list[Variant | None], bat
     steps = {row.label: steps_a_reading(bench, variant, batch) for row, variant in present}
     for repeat in range(max(bench.repeats, bench.present_repeats)):
         for row, variant in present:
-            if repeat >= (bench.present_repeats if variant.name == "present" else bench.repeats):
+            if repeat >= (bench.present_repeats if variant.name in PRESENT else bench.repeats):
                 continue
             if bench.left() < 0 and repeat >= LEAST_READINGS:
                 row.note = f"cut at {len(row.ms_all)} repetitions: out of time"

@@ -14,9 +14,10 @@ import torch
 from chips import synchronise
 from compare import LEAST_READINGS, Bench, Row, Spec, aligned, compare, free, seconds, steps_a_reading, table
 from counts import Compiled
-from variants import Variant, base_model, build, caption_batches, learnable_batches, random_batch, with_changes
+from variants import PRESENT, Variant, base_model, build, caption_batches, learnable_batches, random_batch, with_changes
 
 from fvlm.config import Config
+from fvlm.errors import UserError
 
 
 def captions(bench: Bench, config: Config, spec: Spec, steps: int) -> dict[str, Any]:
@@ -64,13 +65,17 @@ def readings(bench: Bench, config: Config, specs: list[Spec]) -> list[dict[str, 
     base, batch, rows = base_model(config), random_batch(config, bench.device), []
     every = config.objective.coarse_every
     for spec in specs:
-        variant = build(spec.name, spec.precision, config, base, bench.device, spec.attention)
-        for _ in range(max(bench.warmup, 1)):
-            variant.plain(batch)
-            variant.reading(batch)
+        try:
+            variant = build(spec.name, spec.precision, config, base, bench.device, spec.attention)
+            for _ in range(max(bench.warmup, 1)):
+                variant.plain(batch)
+                variant.reading(batch)
+        except UserError as error:
+            print(f"{spec}: {error}")
+            continue
         times: dict[str, list[float]] = {"plain": [], "reading": []}
         steps = steps_a_reading(bench, variant, batch)
-        for repeat in range(bench.present_repeats if spec.name == "present" else bench.repeats):
+        for repeat in range(bench.present_repeats if spec.name in PRESENT else bench.repeats):
             if bench.left() < 0 and repeat >= LEAST_READINGS:
                 break
             times["plain"].append(seconds(bench, variant.plain, batch, steps))

@@ -25,9 +25,16 @@ from fvlm.model.hub import ARCHITECTURES, build_model, vocabulary_size
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.step import Step
 
-OURS = {"eager": "off", "compiled": "layers", "whole": "whole"}
-"""Our variants, and their values of train.compile."""
-VARIANTS = ("present", *OURS)
+OURS: dict[str, dict[str, Any]] = {
+    "eager": {"train.compile": "off"},
+    "compiled": {"train.compile": "layers"},
+    "whole": {"train.compile": "whole"},
+    "graphs": {"train.compile": "layers", "train.cuda_graphs": True},
+}
+"""Our variants, and what makes them."""
+PRESENT = {"present": False, "stacked": True}
+"""The present style's variants, and whether all layers' keys are one tensor."""
+VARIANTS = (*PRESENT, *OURS)
 SHORTEST = 5
 """Tokens of the shortest caption."""
 CONCEPTS = 8
@@ -110,10 +117,10 @@ def build(
 ) -> Variant:
     """attention: of the present-style step's transformers; ours have one way only"""
     config = with_changes(config, {"train.precision": precision})
-    if name == "present":
-        step = make_present_step(config, present_model(base, attention).to(device))
+    if name in PRESENT:
+        step = make_present_step(config, present_model(base, attention).to(device), PRESENT[name])
     else:
-        config = with_changes(config, {"train.compile": OURS[name]})
+        config = with_changes(config, OURS[name])
         model = copy.deepcopy(base).to(device)
         step = Step(config, model, make_optimizer(model, config.optim))
     return Variant(name, precision, step, config.objective.coarse_every, device)
