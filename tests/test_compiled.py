@@ -11,7 +11,8 @@ from test_parity import assert_same_gradients, assert_same_losses, gradients, ma
 from torch._dynamo.utils import counters
 
 from fvlm.batch import IGNORE, Batch
-from fvlm.config import Config, ObjectiveConfig, OptimConfig, TrainConfig
+from fvlm.config import Config, DataConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from fvlm.train.memory import warm_up
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.step import Step, make_losses
 
@@ -89,6 +90,21 @@ def test_captions_of_all_lengths_compile_nothing_after_the_first_of_each(kind, m
         for number in range(4, 24):
             step(with_caption(batch, 3 + number // 2 % 2 * 2, number), number)
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_after_a_warm_up_captions_of_no_length_compile_anything(monkeypatch):
+    without_code_generation(monkeypatch)
+    model, batch = make_model(), make_batch()
+    clips, t, side = batch.frames.shape[:3]
+    data = DataConfig(num_frames=t, frame_size=side, global_batch=clips, lanes=clips, max_caption_tokens=40)
+    config = dataclasses.replace(config_of("layers"), data=data)
+    freeze_unreached(model, config)
+    step = Step(config, model, make_optimizer(model, config.optim))
+    warm_up(step, tuple(batch.latents.shape[2:]))
+    compiled = counters["stats"]["unique_graphs"]
+    for number, length in enumerate((32, 32, 40, 40)):  # the two that the tokenizer pads to
+        step(with_caption(batch, length, number), number)
+    assert counters["stats"]["unique_graphs"] == compiled > 0
 
 
 def with_caption(batch: Batch, length: int, seed: int) -> Batch:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from fvlm.batch import IGNORE
-from fvlm.data.text import CaptionTokenizer, caption_lengths, load_tokenizer, save_tokenizer, train_tokenizer
+from fvlm.data.text import (
+    CaptionTokenizer,
+    caption_lengths,
+    load_tokenizer,
+    padded_lengths,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 CAPTIONS = ["a red circle moves left", "a blue square moves up while a white triangle moves down", "Ünïcode, 3 dogs!"]
 
@@ -64,10 +71,11 @@ def test_a_caption_that_just_fits_is_not_counted_as_cut(tokenizer):
         assert CaptionTokenizer(tokenizer, tokens + train_eos - 1, train_eos)([CAPTIONS[0]])[2] == 1
 
 
-def test_batches_come_in_few_lengths_and_never_above_the_limit(tokenizer):
-    make = CaptionTokenizer(tokenizer, 40, train_eos=True)
-    lengths = {make([" ".join(["red"] * n)])[0].shape[1] for n in range(0, 60)}
-    assert lengths == {32, 40}
+@pytest.mark.parametrize(("limit", "wanted"), [(40, [40, 32]), (64, [64, 32]), (20, [20]), (1, [1])])
+def test_batches_come_in_few_lengths_and_never_above_the_limit(tokenizer, limit, wanted):
+    make = CaptionTokenizer(tokenizer, limit, train_eos=True)
+    lengths = {make([" ".join(["red"] * n)])[0].shape[1] for n in range(0, 2 * limit)}
+    assert sorted(lengths, reverse=True) == wanted == padded_lengths(limit)
 
 
 def test_caption_tokens_round_trip_through_a_saved_tokenizer(tokenizer, tmp_path):
