@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from faulty_store import Proxy, Store
+    from gloo_ranks import Ranks
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for the hub fails at once, and alike everywhere
 # Small tensors on one thread: faster than waking a second, and the same sums on every machine.
@@ -53,3 +54,13 @@ def proxy(store: Store) -> Iterator[Callable[..., Proxy]]:
     yield make
     for one in made:
         one.go_away()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Processes that can be joined to a process group."""
+    from gloo_ranks import Ranks  # not above: it imports transformers
+
+    made = Ranks()
+    yield made
+    made.close()
