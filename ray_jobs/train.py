@@ -63,7 +63,7 @@ def main() -> None:
         remember(config, sys.argv[1:])
         CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: an error before anything starts
         note = TrainLog(run_dir, steps).note
-        with cluster(config, memory), follow(run_dir / TRAIN_LOG), StopRequest() as stop, failure_noted(note):
+        with failure_noted(note), cluster(config, memory), follow(run_dir / TRAIN_LOG), StopRequest() as stop:
             check_resources(config, memory, on_gpu(config))
             done = keep_training(config, manifest, stop, note)
     if done < steps:

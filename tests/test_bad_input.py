@@ -325,6 +325,17 @@ def test_a_run_that_is_being_trained_is_refused(begun, good, monkeypatch, capsys
     require(message, str(begun), "trained by another process")
 
 
+def test_what_fails_once_a_run_has_begun_is_the_last_line_of_its_log(good, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(sys, "argv", ["train", *arguments(good, tmp_path / "runs")])
+    with pytest.raises(SystemExit) as end:
+        run_command(train.main)
+    reason = capsys.readouterr().err.strip().removeprefix("error: ")
+    assert end.value.code == 2 and "127.0.0.1:1" in reason
+    (log,) = (tmp_path / "runs").glob("*/train.log")
+    assert log.read_text().endswith(f" failed: {reason}\n")
+
+
 def test_more_gpus_than_a_machine_has_are_refused_instead_of_waited_for(good, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0, "object_store_memory": 1e9})
