@@ -101,8 +101,12 @@ class TrainConfig:
     compile: Literal["auto", "off", "layers", "whole"] = "auto"
     """torch.compile: one program for each kind of transformer block, or one for all of forward and backward, which
     takes many times as long to compile. "auto": "layers" on a GPU, "off" on a CPU."""
-    cuda_graphs: bool = False
-    """Record forward and backward pass and let the GPU run them without the host: for small batches on one GPU."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record forward and backward pass, so that the host starts them with two calls and not with thousands.
+    "auto": on a GPU with one rank, "off" elsewhere."""
+    deterministic: bool = False
+    """On a GPU choose kernels that add in a fixed order, so that a repeated or resumed run has the same bits. On a CPU
+    it always has."""
     compile_cache: str = "~/.cache/fvlm/compile"
     """Folder on each node's own disk where compiled programs are kept for the next start; safe to share."""
     memory: Literal["auto", "speed", "balanced", "small"] = "auto"
@@ -306,9 +310,9 @@ def validate(config: Config) -> Config:
         "(--train.compile whole) cannot contain. Use --train.compile layers.",
     )
     _require(
-        workers == 1 or not config.train.cuda_graphs,
-        f"--train.cuda-graphs is for one rank, and --scale.workers is {workers}: ranks talk to each other while they "
-        "compute, which is not recorded. Leave it out.",
+        workers == 1 or config.train.cuda_graphs != "on",
+        f"--train.cuda-graphs on is for one rank, and --scale.workers is {workers}: ranks talk to each other while "
+        "they compute, which is not recorded. Leave it out.",
     )
     _require(
         config.scale.min_workers <= workers,

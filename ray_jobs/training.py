@@ -27,6 +27,7 @@ from fvlm.train.logger import Logger
 from fvlm.train.loop import Hook, Run, train
 from fvlm.train.memory import out_of_memory, settle_memory, warm_up
 from fvlm.train.metrics import Clock, Metrics, Row
+from fvlm.train.numerics import configure_numerics
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.parallel import shard_decoder
 from fvlm.train.resume import Choice
@@ -148,8 +149,7 @@ def known_damage(config: Config, clips: int) -> list[str]:
 
 def make_run(config: Config, manifest: Manifest, device: torch.device, store: CheckpointStore, choice: Choice) -> Run:
     """The run as the chosen checkpoint left it, or at step 0."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
+    configure_numerics(config, device)
     pretrained = choice.name is None  # otherwise the checkpoint has all weights
     model = build_model(config.model, manifest.spec.latent_shape, config.train.seed, pretrained).to(device)
     freeze_unreached(model, config)

@@ -6,11 +6,6 @@ gradient checkpointing on the language model, one pass of it for every sequence 
 earlier iteration with a graph although nothing trains on them, logits for every position, clipping and AdamW as torch's
 defaults have them.
 
-One habit is not known, and decides most of the time: how the loop takes a frame from the kept keys and values. The
-gradient of a slice is a tensor of zeros as large as what it was cut from, with the slice in it. If every layer's keys
-are a tensor (`stacked=False`, the kinder reading) that is a layer's worth a slice; if all layers' are one, it is twelve
-times as much. Operations and results are the same.
-
 A plain step with two fine iterations makes seven passes of the language model: the queries after the coarse pass and
 after each iteration (the last ones for nobody), and a caption and a reconstruction pass for each iteration. Every
 `coarse_every` steps the two losses of the coarse tokens are read too, without gradient.
@@ -35,8 +30,8 @@ from fvlm.batch import IGNORE, Batch
 from fvlm.config import Config, ObjectiveConfig
 from fvlm.train.optim import learning_rate
 
-KeysValues = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | tuple[torch.Tensor, torch.Tensor]
-"""(K, V), for every encoder layer [B, T, heads, N, head width]; stacked, each is one tensor with the layers first."""
+KeysValues = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""(K, V), for every encoder layer [B, T, heads, N, head width]."""
 Scalars = dict[str, torch.Tensor]
 
 
@@ -71,7 +66,7 @@ def present_model(model: nn.Module, attention: str = "sdpa") -> ReferenceModel:
     return present.to(model.q_static.device).train()
 
 
-def encode_frames(model: nn.Module, frames: torch.Tensor, stacked: bool = False) -> KeysValues:
+def encode_frames(model: nn.Module, frames: torch.Tensor) -> KeysValues:
     """uint8 [B, T, H, W, 3] -> the patches' keys and values. Every layer has made them already, once."""
     b, t = frames.shape[:2]
     mean = torch.tensor(IMAGENET_MEAN, device=frames.device)
@@ -89,7 +84,7 @@ def encode_frames(model: nn.Module, frames: torch.Tensor, stacked: bool = False)
         normed = layer.norm1(x)
         for kept, projection in ((keys, k_proj), (values, v_proj)):
             kept.append(_heads(projection(normed), heads).unflatten(0, (b, t)))
-    return (torch.stack(keys), torch.stack(values)) if stacked else (keys, values)
+    return keys, values
 
 
 def projections(layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
@@ -164,9 +159,7 @@ def recon_loss(model: nn.Module, z: torch.Tensor, token: torch.Tensor, latents: 
     return F.mse_loss(predicted.unflatten(0, (b, t)).float(), latents)
 
 
-def present_losses(
-    model: nn.Module, batch: Batch, config: ObjectiveConfig, readings: bool = False, stacked: bool = False
-) -> PresentLosses:
+def present_losses(model: nn.Module, batch: Batch, config: ObjectiveConfig, readings: bool = False) -> PresentLosses:
     """The losses of one step; `readings` adds those of the coarse tokens, without gradient."""
     b, t = batch.frames.shape[:2]
 
@@ -176,7 +169,7 @@ def present_losses(
             recon_loss(model, z, token, batch.latents),
         )
 
-    keys_values = encode_frames(model, batch.frames, stacked)
+    keys_values = encode_frames(model, batch.frames)
     z = visual_tokens(model, model.q_static.expand(b, t, -1), keys_values)
     caption_coarse = recon_coarse = None
     if readings:
@@ -193,7 +186,7 @@ def present_losses(
     return PresentLosses(loss, caption, recon, caption_coarse, recon_coarse)
 
 
-def make_present_step(config: Config, model: ReferenceModel, stacked: bool = False) -> Callable[[Batch, int], Scalars]:
+def make_present_step(config: Config, model: ReferenceModel) -> Callable[[Batch, int], Scalars]:
     """step(batch, number) -> scalars on the device: a whole optimiser step, with an optimiser as torch makes it."""
     optim = config.optim
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -208,7 +201,7 @@ def make_present_step(config: Config, model: ReferenceModel, stacked: bool = Fal
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             readings = number % config.objective.coarse_every == 0
-            losses = present_losses(model, batch, config.objective, readings, stacked)
+            losses = present_losses(model, batch, config.objective, readings)
         losses.loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, optim.grad_clip)
         optimizer.step()

@@ -127,7 +127,8 @@ OPTIONS = """
     --optim.lr --optim.weight-decay --optim.beta1 --optim.beta2 --optim.eps --optim.warmup-steps --optim.grad-clip
     --train.max-steps --train.seed --train.precision --train.log-every --train.save-every --train.keep-last
     --train.milestones --train.ratio-window --train.checkpoint-dir --train.max-skipped
-    --train.compile --train.compile-cache --train.memory --train.cuda-graphs --train.no-cuda-graphs
+    --train.compile --train.compile-cache --train.memory --train.cuda-graphs
+    --train.deterministic --train.no-deterministic
     --eval.path --eval.every --eval.clips --eval.pictures
     --scale.workers --scale.device --scale.cpus-per-worker --scale.max-failures --scale.hang-s
     --scale.min-workers --scale.strategy

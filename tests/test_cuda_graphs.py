@@ -117,22 +117,22 @@ def test_metrics_and_weights_are_the_plain_step_s_and_every_shape_is_recorded_on
 def test_a_real_recording_has_the_plain_step_s_metrics(memory):
     model = make_model().cuda()
     wanted, _ = trained(make_step(config_of(memory=memory), copy.deepcopy(model)), "cuda")
-    got, _ = trained(make_step(config_of(memory=memory, cuda_graphs=True), model), "cuda")
+    got, _ = trained(make_step(config_of(memory=memory, cuda_graphs="on"), model), "cuda")
     for ours, plain in zip(got, wanted, strict=True):
         assert ours == pytest.approx(plain, rel=1e-4)
 
 
 def test_what_cannot_be_recorded_is_refused_with_the_cure(recorder, monkeypatch):
-    config, model = config_of(cuda_graphs=True), make_model()
-    with pytest.raises(UserError, match=r"--train\.cuda-graphs: this run is not on a CUDA GPU\. Leave it out"):
+    config, model = config_of(cuda_graphs="on"), make_model()
+    with pytest.raises(UserError, match=r"--train\.cuda-graphs on: this run is not on a CUDA GPU\. Leave it out"):
         make_step(config, model)
     ranks = dataclasses.replace(demo(), train=config.train, scale=ScaleConfig(workers=2))
-    with pytest.raises(UserError, match=r"--train\.cuda-graphs is for one rank, and --scale\.workers is 2"):
+    with pytest.raises(UserError, match=r"--train\.cuda-graphs on is for one rank, and --scale\.workers is 2"):
         validate(ranks)
 
     def failing(*_args: Any, **_kwargs: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", failing)
-    with pytest.raises(UserError, match=r"cannot be recorded on this GPU: operation not permitted .* Leave it out"):
+    with pytest.raises(UserError, match=r"cannot be recorded on this GPU: operation not permitted .* off"):
         compute_losses(model, make_batch(), config.objective, trained=RecordedLosses(lambda *_: None))

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from reference import normalise_frame
 from torch.nn import functional as F
 
 from fvlm import presets
@@ -39,7 +40,7 @@ def test_shallow_query_is_one_softmax_attention_on_the_final_features():
     frames = tiny_batch().frames.flatten(0, 1)
     query = torch.randn(len(frames), TINY.query_width)
     seen = model.encoder(query, model.encode(frames[:, None]))
-    features = model.encoder.dino(model.encoder.normalise(frames)).last_hidden_state  # HF's own forward
+    features = model.encoder.dino(normalise_frame(frames, torch.float32)).last_hidden_state  # HF's own forward
     scores = torch.einsum("fd,fnd->fn", model.encoder.query_input_proj(query), features) / features.shape[-1] ** 0.5
     expected = model.encoder.query_output_proj(torch.einsum("fn,fnd->fd", F.softmax(scores, dim=-1), features))
     torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import ReferenceModel, reference_losses, tiny_language, tiny_vision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvlm.batch import IGNORE, Batch
@@ -187,16 +188,20 @@ def test_padding_a_batch_further_changes_no_loss():
 # What a step may cost. Each count would rise if a pass were run again.
 
 
-class Calls:
-    """Shapes of the first argument of every call of some modules."""
+class Products(TorchFunctionMode):
+    """Shapes of what is multiplied with some weights, and of the pixels that are embedded (no weight's own shape)."""
 
-    def __init__(self, **modules: nn.Module) -> None:
-        self.shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in modules}
-        for name, module in modules.items():
-            module.register_forward_pre_hook(self._record(name))
+    def __init__(self, **weights: nn.Parameter) -> None:
+        super().__init__()
+        self.shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in ("pixels", *weights)}
+        self._names = {id(weight): name for name, weight in weights.items()}
 
-    def _record(self, name: str):
-        return lambda _module, args: self.shapes[name].append(tuple(args[0].shape))
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            name = "pixels" if args[0].shape[-1] == 14 * 14 * 3 else self._names.get(id(args[1]))
+            if name:
+                self.shapes[name].append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("fine_iterations", [1, 2, 3])
@@ -204,33 +209,33 @@ def test_the_language_model_reads_no_sequence_twice(fine_iterations):
     """A pass for the queries of each iteration; one for caption and reconstruction together; one for all readings."""
     model, batch = make_model(), make_batch()
     config = ObjectiveConfig(fine_iterations=fine_iterations)
-    calls = Calls(llm=model.llm.model.layers[0])
-    compute_losses(model, batch, config)
+    with Products(llm=model.llm.model.layers[0].self_attn.q_proj.weight) as plain:
+        compute_losses(model, batch, config)
     frames, caption = T + 2, T + 2 + L
     trained = [(B, frames, 32)] * fine_iterations + [(B, caption + frames, 32)]
-    assert calls.shapes["llm"] == trained
-    calls.shapes["llm"].clear()
-    compute_losses(model, batch, config, readings=True)
-    assert calls.shapes["llm"] == [*trained, (fine_iterations * B, caption, 32)]
+    assert plain.shapes["llm"] == trained
+    with Products(llm=model.llm.model.layers[0].self_attn.q_proj.weight) as reading:
+        compute_losses(model, batch, config, readings=True)
+    assert reading.shapes["llm"] == [*trained, (fine_iterations * B, caption, 32)]
 
 
 @pytest.mark.parametrize("readings", [False, True])
 def test_patches_run_once_a_frame_and_their_last_update_is_left_out(readings):
     model, batch = make_model(), make_batch()
     *earlier, last = model.encoder.dino.encoder.layer
-    calls = Calls(
-        embeddings=model.encoder.dino.embeddings,
-        mlp=earlier[0].mlp,
-        keys=earlier[0].attention.k_proj,
-        last_mlp=last.mlp,
-        last_queries=last.attention.q_proj,
-        last_keys=last.attention.k_proj,
-        last_output=last.attention.o_proj,
-    )
-    compute_losses(model, batch, ObjectiveConfig(fine_iterations=2), readings=readings)
+    weights = {
+        "mlp": earlier[0].mlp.fc1,
+        "keys": earlier[0].attention.k_proj,
+        "last_mlp": last.mlp.fc1,
+        "last_queries": last.attention.q_proj,
+        "last_keys": last.attention.k_proj,
+        "last_output": last.attention.o_proj,
+    }
+    with Products(**{name: module.weight for name, module in weights.items()}) as products:
+        compute_losses(model, batch, ObjectiveConfig(fine_iterations=2), readings=readings)
     patches, query = (B * T, N, 24), (B * T, 1, 24)
-    assert calls.shapes == {
-        "embeddings": [(B * T, 3, SIDE, SIDE)],
+    assert products.shapes == {
+        "pixels": [(B * T, N - 1, 14 * 14 * 3)],
         "mlp": [patches, query, query, query],
         "keys": [patches],
         "last_mlp": [query] * 3,

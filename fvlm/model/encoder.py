@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from fvlm.errors import UserError
-from fvlm.model.blocks import Blocks, Projections, heads, keys_values, query_block
+from fvlm.model.blocks import Blocks, VisionLayer, block_query, last_keys_values, query_block, require_known_mlp
 
 # Statistics of ImageNet, with which DINOv2 was trained (facebook/dinov2-small, preprocessor_config.json).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,10 +30,12 @@ class PatchCache:
 
     keys_values: for every layer the patches' (K, V), each [F, h, N, d]; one pair, of width D, for `deep_query=False`
     grid: (rows, columns) of the patches; N = rows * columns + 1, the CLS token first
+    layers: the weights that the patches passed through, which queries pass through too; none for `deep_query=False`
     """
 
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]
     grid: tuple[int, int]
+    layers: list[VisionLayer]
 
 
 class FoveatedEncoder(nn.Module):
@@ -49,6 +51,7 @@ class FoveatedEncoder(nn.Module):
             raise UserError(
                 "model.vision: this DINOv2 has dropout or drop path above 0; the query path has none. Set them to 0."
             )
+        require_known_mlp(config)
         self.dino: Any = dino  # to a type checker every child of a module is Tensor | Module
         self.deep_query = deep_query
         self.blocks = Blocks()
@@ -59,26 +62,32 @@ class FoveatedEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
 
-    def normalise(self, frames_FHW3: torch.Tensor) -> torch.Tensor:
-        """[F, H, W, 3] uint8 -> [F, 3, H, W] float32 with ImageNet statistics, on the frames' device."""
-        return (frames_FHW3.permute(0, 3, 1, 2).float() - self.mean) / self.std
-
     def encode_patches(self, frames_FHW3: torch.Tensor) -> PatchCache:
         """Run the patches through the encoder once. frames: [F, H, W, 3] uint8, H and W at least one patch."""
-        patch = self.dino.config.patch_size
-        grid = (frames_FHW3.shape[1] // patch, frames_FHW3.shape[2] // patch)
-        x_FND = self.dino.embeddings(self.normalise(frames_FHW3))
+        x_FND, grid = self.embed(frames_FHW3)
         if not self.deep_query:
             features = self.dino.layernorm(self.dino.encoder(x_FND).last_hidden_state)[:, None]  # [F, 1, N, D]
-            return PatchCache([(features, features)], grid)
-        layers = self.dino.encoder.layer
+            return PatchCache([(features, features)], grid, [])
+        layers = self.blocks.vision_layers(self.dino.encoder.layer)
         cached = []
         for layer in layers[:-1]:
             x_FND, k, v = self.blocks.patch(layer, x_FND)
             cached.append((k, v))
-        # After the last layer nobody reads the patches themselves.
-        cached.append(keys_values(layers[-1], layers[-1].norm1(x_FND)))
-        return PatchCache(cached, grid)
+        cached.append(last_keys_values(layers[-1], x_FND))
+        return PatchCache(cached, grid, layers)
+
+    def embed(self, frames_FHW3: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """CLS and patch embeddings with their positions, [F, N, D] float32, and the patches' grid."""
+        embeddings = self.dino.embeddings
+        projection = embeddings.patch_embeddings.projection
+        side = projection.kernel_size[0]
+        grid = (frames_FHW3.shape[1] // side, frames_FHW3.shape[2] // side)
+        patches = self.blocks.embed(
+            frames_FHW3, self.mean.flatten(), self.std.flatten(), projection.weight, projection.bias
+        )
+        cls = embeddings.cls_token.expand(patches.shape[0], -1, -1)
+        positions = position_embeddings(embeddings.position_embeddings, grid)
+        return torch.cat([cls, patches.to(cls.dtype)], dim=1) + positions, grid
 
     def forward(self, query_FQ: torch.Tensor, patches: PatchCache) -> torch.Tensor:
         """One query a frame, [F, Q] -> what it saw, [F, D]."""
@@ -87,7 +96,7 @@ class FoveatedEncoder(nn.Module):
             ((k, v),) = patches.keys_values
             seen = F.scaled_dot_product_attention(x_F1D[:, None], k, v)[:, 0]  # [F, 1, D]
             return self.query_output_proj(seen)[:, 0]
-        for layer, (k, v) in zip(self.dino.encoder.layer, patches.keys_values, strict=True):
+        for layer, (k, v) in zip(patches.layers, patches.keys_values, strict=True):
             x_F1D = self.blocks.query(layer, x_F1D, k, v)
         return self.query_output_proj(self.dino.layernorm(x_F1D))[:, 0]
 
@@ -102,9 +111,8 @@ class FoveatedEncoder(nn.Module):
         if not self.deep_query:
             maps.append(_weights(x_F1D[:, None], patches.keys_values[0][0]))
         else:
-            for layer, (k, v) in zip(self.dino.encoder.layer, patches.keys_values, strict=True):
-                normed = layer.norm1(x_F1D)
-                maps.append(_weights(heads(layer, Projections(layer).q(normed)), k))
+            for layer, (k, v) in zip(patches.layers, patches.keys_values, strict=True):
+                maps.append(_weights(block_query(layer, x_F1D), k))
                 x_F1D = query_block(layer, x_F1D, k, v)
         return torch.stack([weights[:, 1:].unflatten(1, patches.grid) for weights in maps])
 
@@ -113,3 +121,29 @@ def _weights(q_Fh1d: torch.Tensor, k_FhNd: torch.Tensor) -> torch.Tensor:
     """Attention weights of one query a frame, mean over heads: [F, N]."""
     scores = (q_Fh1d @ k_FhNd.transpose(-1, -2)) / q_Fh1d.shape[-1] ** 0.5
     return scores.float().softmax(-1).mean(1)[:, 0]
+
+
+def position_embeddings(learned_1ND: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """DINOv2's position embeddings [1, 1 + side * side, D] for another grid of patches: [1, 1 + rows * columns, D].
+
+    What `F.interpolate(mode="bicubic")` does, as two products with fixed matrices: its backward pass adds with atomics
+    on a GPU, so that no two runs would be alike, and its forward pass takes a millisecond.
+    """
+    side = round((learned_1ND.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return learned_1ND
+    over_rows, over_columns = (_bicubic(side, length, learned_1ND.device) for length in grid)
+    # Products in float32, as the interpolation was: in half precision it would shift the positions.
+    with torch.autocast(learned_1ND.device.type, enabled=False):
+        table = learned_1ND[0, 1:].float().unflatten(0, (side, side))  # [side, side, D]
+        table = torch.matmul(over_columns, table).transpose(0, 1)  # [columns, side, D]
+        table = torch.matmul(over_rows, table).transpose(0, 1)  # [rows, columns, D]
+    return torch.cat([learned_1ND[:, :1], table.flatten(0, 1)[None].to(learned_1ND.dtype)], dim=1)
+
+
+def _bicubic(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """[target, source]: how much each source point counts in each target point, torch's bicubic along one axis."""
+    points = torch.eye(source, device=device)[None, :, :, None]  # each source point alone, as a channel: [1, S, S, 1]
+    with torch.no_grad():
+        spread = F.interpolate(points, size=(target, 1), mode="bicubic", align_corners=False)  # [1, S, target, 1]
+    return spread[0, :, :, 0].t()

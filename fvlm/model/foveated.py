@@ -5,6 +5,7 @@ Shapes: B clips, T frames, L caption tokens, D vision width, E language width, Q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from fvlm.config import ModelConfig
 from fvlm.errors import UserError
+from fvlm.model.blocks import DecoderLayer
 from fvlm.model.encoder import FoveatedEncoder, PatchCache
 from fvlm.model.language import read_sequences
 from fvlm.model.prediction import PredictionHead
@@ -95,9 +97,16 @@ class FoveatedVLM(nn.Module):
         b = max(part.shape[0] for part in parts_BxE)
         return torch.cat([part.expand(b, -1, -1) for part in parts_BxE], dim=1)
 
-    def read(self, *sequences_BSE: torch.Tensor) -> list[torch.Tensor]:
-        """Run the language model over sequences of the same clips in one pass: the hidden states of each."""
-        return read_sequences(self.llm.model, list(sequences_BSE), self.encoder.blocks)
+    def decoder_layers(self) -> list[DecoderLayer | nn.Module]:
+        """The language model's layers for one step: under autocast their weights are converted now, once."""
+        return self.encoder.blocks.decoder_layers(self.llm.model.layers)
+
+    def read(self, layers: Sequence[DecoderLayer | nn.Module], *sequences_BSE: torch.Tensor) -> list[torch.Tensor]:
+        """Run the language model over sequences of the same clips in one pass: the hidden states of each.
+
+        layers: as `decoder_layers` gives them
+        """
+        return read_sequences(self.llm.model, layers, list(sequences_BSE), self.encoder.blocks)
 
     def video(self, token: torch.Tensor, z_BTE: torch.Tensor) -> torch.Tensor:
         """[no_text, token, z_1..z_T]. Hidden state 1 + t asks for frame t + 1's query and predicts its latent."""
@@ -111,7 +120,8 @@ class FoveatedVLM(nn.Module):
         b, t = hidden_BTE.shape[:2]
         first = self.z_vae_init.expand(b, 1, -1, -1, -1)
         previous = torch.cat([first, latents_BTChw[:, :-1].to(first.dtype)], dim=1)
-        return self.pred_head(hidden_BTE.flatten(0, 1), previous.flatten(0, 1)).unflatten(0, (b, t))
+        predicted = self.encoder.blocks.predict(self.pred_head, hidden_BTE.flatten(0, 1), previous.flatten(0, 1))
+        return predicted.unflatten(0, (b, t))
 
 
 def global_std(x: torch.Tensor) -> torch.Tensor:

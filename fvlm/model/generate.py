@@ -19,7 +19,8 @@ def generate_captions(
 ) -> list[list[int]]:
     """Greedy captions from the last fine tokens: token ids a clip, without the end token. frames: uint8."""
     b, t = frames_BTHW3.shape[:2]
-    *_, last = passes(model, model.encode(frames_BTHW3), b, t, config.fine_iterations)
+    layers = model.decoder_layers()
+    *_, last = passes(model, model.encode(frames_BTHW3), layers, b, t, config.fine_iterations)
     prefix = torch.cat([p.expand(b, -1, -1) for p in (model.fine_token, last.z_BTE, model.video_end_token)], dim=1)
     ids = model.llm.generate(
         inputs_embeds=prefix,
@@ -39,8 +40,9 @@ def predict_latents(
 ) -> torch.Tensor:
     """Each frame's latent as the last fine pass foresees it from the true ones before it: [B, T, C, h, w] float32."""
     b, t = frames_BTHW3.shape[:2]
-    *_, last = passes(model, model.encode(frames_BTHW3), b, t, config.fine_iterations)
-    (hidden,) = model.read(model.video(last.token, last.z_BTE))
+    layers = model.decoder_layers()
+    *_, last = passes(model, model.encode(frames_BTHW3), layers, b, t, config.fine_iterations)
+    (hidden,) = model.read(layers, model.video(last.token, last.z_BTE))
     return model.predict_latents(hidden[:, 1:-1], latents_BTChw).float()
 
 
@@ -51,8 +53,9 @@ def gaze(model: FoveatedVLM, frames_BTHW3: torch.Tensor, config: ObjectiveConfig
     The mean over layers and heads of the attention on patches; the CLS token's share is what is missing to 1.
     """
     b, t = frames_BTHW3.shape[:2]
+    layers = model.decoder_layers()
     patches = model.encode(frames_BTHW3)
-    coarse, *_, fine = passes(model, patches, b, t, config.fine_iterations)
+    coarse, *_, fine = passes(model, patches, layers, b, t, config.fine_iterations)
     maps = [
         model.encoder.attention(p.query_BTQ.flatten(0, 1), patches).mean(0).unflatten(0, (b, t)) for p in (coarse, fine)
     ]

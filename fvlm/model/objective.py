@@ -14,16 +14,18 @@ queries; their own losses are readings without one, made afterwards from the tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
 
 from fvlm.batch import IGNORE, Batch
 from fvlm.config import ObjectiveConfig
+from fvlm.model.blocks import DecoderLayer
 from fvlm.model.encoder import PatchCache
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.language import cross_entropy_sum
@@ -76,12 +78,17 @@ class Pass(NamedTuple):
         return Pass(self.token.detach(), self.query_BTQ.detach(), self.z_BTE.detach(), hidden)
 
 
-def passes(model: FoveatedVLM, patches: PatchCache, b: int, t: int, fine_iterations: int) -> Iterator[Pass]:
-    """The coarse pass, then the fine iterations, each asking where the one before it told it to look."""
+def passes(
+    model: FoveatedVLM, patches: PatchCache, layers: Sequence[DecoderLayer | nn.Module], b: int, t: int, fine: int
+) -> Iterator[Pass]:
+    """The coarse pass, then `fine` iterations, each asking where the one before it told it to look.
+
+    layers: the language model's (`FoveatedVLM.decoder_layers`)
+    """
     query, token = model.static_queries(b, t), model.coarse_token
-    for _ in range(fine_iterations):
+    for _ in range(fine):
         z = model.look(query, patches)
-        (hidden,) = model.read(model.video(token, z))
+        (hidden,) = model.read(layers, model.video(token, z))
         yield Pass(token, query, z, hidden)
         query, token = model.next_queries(hidden[:, 2:]), model.fine_token
     yield Pass(token, query, model.look(query, patches), None)
@@ -109,9 +116,10 @@ class Trained(NamedTuple):
 def trained_losses(model: FoveatedVLM, inputs: Inputs, config: ObjectiveConfig) -> Trained:
     """The losses of the last iteration."""
     b, t = inputs.frames_BTHW3.shape[:2]
-    *earlier, last = passes(model, model.encode(inputs.frames_BTHW3), b, t, config.fine_iterations)
+    patches, layers = model.encode(inputs.frames_BTHW3), model.decoder_layers()
+    *earlier, last = passes(model, patches, layers, b, t, config.fine_iterations)
     captions = caption_sequence(model, last, model.embed(inputs.ids_BL), config)
-    hidden, video = model.read(captions, model.video(last.token, last.z_BTE))
+    hidden, video = model.read(layers, captions, model.video(last.token, last.z_BTE))
     caption = caption_loss(model, hidden, inputs, config)
     recon = recon_loss(model, video, inputs)
     kept = tuple(p.detach() for p in earlier)
@@ -125,7 +133,9 @@ def read_losses(
     """Caption and reconstruction losses of passes that are not trained on, this rank's share times the ranks."""
     embedded = model.embed(inputs.ids_BL)
     # All in one pass, as if they were so many times the clips.
-    (hidden,) = model.read(torch.cat([caption_sequence(model, p, embedded, config) for p in earlier]))
+    (hidden,) = model.read(
+        model.decoder_layers(), torch.cat([caption_sequence(model, p, embedded, config) for p in earlier])
+    )
     caption = [caption_loss(model, h, inputs, config) for h in hidden.chunk(len(earlier))]
     recon = [recon_loss(model, p.hidden_BSE, inputs) for p in earlier if p.hidden_BSE is not None]
     return caption, recon
@@ -145,7 +155,8 @@ def caption_loss(model: FoveatedVLM, hidden_BSE: torch.Tensor, inputs: Inputs, c
     """Cross-entropy of the caption tokens: this rank's sum over the global count, times ranks."""
     labels = target_labels(inputs.labels_BL, config)
     predicting = hidden_BSE[:, -labels.shape[1] - 1 : -1]  # one position before each label
-    total = cross_entropy_sum(predicting.flatten(0, 1), model.llm.lm_head.weight, labels.flatten())
+    chunk = model.encoder.blocks.cross_entropy
+    total = cross_entropy_sum(predicting.flatten(0, 1), model.llm.lm_head.weight, labels.flatten(), chunk)
     return total / inputs.tokens.clamp(min=1) * world_size()
 
 

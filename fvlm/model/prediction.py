@@ -19,6 +19,9 @@ class PredictionHead(nn.Module):
         self.decoder = _three_convolutions(256, 128, 64, latent_channels)
 
     def forward(self, hidden_ME: torch.Tensor, previous_MChw: torch.Tensor) -> torch.Tensor:
+        if previous_MChw.is_cuda:
+            # cuDNN computes in this format and would change to it and back around every convolution.
+            previous_MChw = previous_MChw.contiguous(memory_format=torch.channels_last)
         gamma, beta = self.h_to_film(hidden_ME)[:, :, None, None].chunk(2, dim=1)  # [M, 256, 1, 1] each
         return self.decoder(gamma * self.encoder(previous_MChw) + beta)
 

@@ -57,7 +57,7 @@ class RecordedLosses:
             raise
         except RuntimeError as error:
             raise UserError(
-                f"--train.cuda-graphs: this step cannot be recorded on this GPU: {error}. Leave it out."
+                f"--train.cuda-graphs: this step cannot be recorded on this GPU: {error}. Use --train.cuda-graphs off."
             ) from error
         return losses
 

@@ -63,7 +63,7 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, init="random"),
-        train=dataclasses.replace(config.train, compile="off", cuda_graphs=False),
+        train=dataclasses.replace(config.train, compile="off", cuda_graphs="off"),
     )
     with torch.device("meta"):
         model = build_model(config.model, latent_shape, seed=0)

@@ -15,6 +15,7 @@ from fvlm.errors import UserError
 from fvlm.model.blocks import Blocks
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.objective import Losses, Trained, compute_losses, read_losses, trained_losses
+from fvlm.ranks import world_size
 from fvlm.train.cuda_graphs import RecordedLosses
 from fvlm.train.metrics import Scalars
 from fvlm.train.optim import learning_rate, parameters_of, update
@@ -52,8 +53,7 @@ class Step:
 def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
     """`compute_losses`, or the same with compiled or recorded parts. Sets how the model runs its blocks."""
     device = model.q_static.device
-    if config.train.cuda_graphs and device.type != "cuda":
-        raise UserError("--train.cuda-graphs: this run is not on a CUDA GPU. Leave it out.")
+    recorded = is_recorded(config, device)
     kind = compile_kind(config, device)
     if kind != "off":
         # Read by torch whenever it compiles; what lies there already is keyed by code, shapes, torch and chip.
@@ -67,7 +67,7 @@ def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
     if kind == "whole":
         trained = torch.compile(trained_losses, fullgraph=True, dynamic=False)
         read = torch.compile(read_losses, fullgraph=True, dynamic=False)
-    if config.train.cuda_graphs:
+    if recorded:
         trained = RecordedLosses(trained)
     return functools.partial(compute_losses, trained=trained, read=read)
 
@@ -77,6 +77,14 @@ def compile_kind(config: Config, device: torch.device) -> str:
     if config.train.compile == "auto":
         return "layers" if device.type == "cuda" else "off"
     return config.train.compile
+
+
+def is_recorded(config: Config, device: torch.device) -> bool:
+    """Whether forward and backward pass are CUDA graphs. Raises UserError where that was asked for in vain."""
+    wanted = config.train.cuda_graphs
+    if wanted == "on" and device.type != "cuda":
+        raise UserError("--train.cuda-graphs on: this run is not on a CUDA GPU. Leave it out.")
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and world_size() == 1)
 
 
 def train_step(

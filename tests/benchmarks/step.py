@@ -3,12 +3,17 @@
 Builds a preset's model with random weights and times whole optimizer steps (forward, backward, clipping, AdamW) in one
 process, in turns, from the same weights and on the same batch:
 
-    present    as the experiment's present script works (tests/present_step.py), in the kinder of two readings
-    stacked    the same in the other one: the keys of all layers are one tensor, of which slices are taken
+    present    as the experiment's earlier script works (tests/present_step.py)
     eager      ours
     compiled   ours with torch.compile, a program for each kind of transformer block
     whole      ours with torch.compile, one program for forward and backward (long to compile)
     graphs     compiled, recorded as CUDA graphs
+
+and, to see what single choices bring on a GPU, `graphs` with one of them made otherwise:
+
+    convolution        patches are embedded by DINOv2's own convolution, and not as a matrix product
+    channels-first     the prediction head in torch's default format and not compiled
+    one-query-program  the twelve layers that a query passes are one program
 
 Without any of the options under "parts" they are compared. Prints tables and, last, one line of JSON.
 """
@@ -34,6 +39,7 @@ from variants import PRESENT, VARIANTS, make_config
 
 from fvlm.config import Config
 from fvlm.errors import UserError
+from fvlm.train.numerics import configure_numerics
 
 SWEEP = "8,16,24,32,48,64,96,128"
 
@@ -44,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is timed")
     what.add_argument("--preset", default="joint_multifine")
-    what.add_argument("--variants", default="present,stacked,eager,compiled", help="default %(default)s")
+    what.add_argument("--variants", default="present,eager,compiled", help="default %(default)s")
     what.add_argument("--precision", help="fp32, bf16, or both with a comma; default: the preset's")
     what.add_argument("--batch", type=int, help="clips in a step; default: the preset's, on a CPU 2")
     what.add_argument("--frames", type=int)
@@ -58,6 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     how.add_argument("--repeats", type=int, default=10, help="timed readings of each variant; the median counts")
     how.add_argument("--present-repeats", type=int, help="of the present style, where it takes a minute")
     how.add_argument("--warmup", type=int, default=3, help="steps before those")
+    how.add_argument("--deterministic", action="store_true", help="kernels that add in a fixed order, in all variants")
     how.add_argument("--threads", type=int, help="of the CPU")
     how.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then what is left is cut")
     how.add_argument("--json", type=Path, help="also write the line of JSON here, after every part")
@@ -125,8 +132,10 @@ def main(args: argparse.Namespace) -> None:
     changes = {
         "data.global_batch": batch, "data.num_frames": args.frames, "data.max_caption_tokens": args.caption,
         "data.frame_size": args.size, "objective.fine_iterations": args.fine, "train.memory": args.memory,
+        "train.deterministic": args.deterministic or None,
     }  # fmt: skip
     config = make_config(args.preset, args.layers, **changes)
+    configure_numerics(config, device)  # TF32 is then each variant's own
     precisions = (args.precision or config.train.precision).split(",")
     specs = [Spec(name, precision) for precision in precisions for name in args.variants]
     bench = Bench(device, args.repeats, args.present_repeats or args.repeats, args.warmup, args.budget)
@@ -140,6 +149,7 @@ def main(args: argparse.Namespace) -> None:
         "fine_iterations": config.objective.fine_iterations,
         "layers": args.layers,
         "memory": config.train.memory,
+        "deterministic": config.train.deterministic,
     }
     result: dict[str, Any] = {"machine": bench.machine, "peaks_tflops": bench.peaks, "setting": setting, "parts": {}}
     print(f"{bench.machine['chip']}, torch {bench.machine['torch']}, peak TFLOP/s {bench.peaks}\n{setting}", flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # tests/, where the present-style step is tested
 from present_step import make_present_step, present_model
@@ -20,20 +21,24 @@ from fvlm.batch import IGNORE, Batch
 from fvlm.config import Config, validate
 from fvlm.data.text import CaptionTokenizer, train_tokenizer
 from fvlm.errors import UserError
+from fvlm.model.blocks import VisionLayer, query_block
+from fvlm.model.encoder import PatchCache
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.hub import ARCHITECTURES, build_model, vocabulary_size
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.step import Step
 
 OURS: dict[str, dict[str, Any]] = {
-    "eager": {"train.compile": "off"},
-    "compiled": {"train.compile": "layers"},
-    "whole": {"train.compile": "whole"},
-    "graphs": {"train.compile": "layers", "train.cuda_graphs": True},
+    "eager": {"train.compile": "off", "train.cuda_graphs": "off"},
+    "compiled": {"train.compile": "layers", "train.cuda_graphs": "off"},
+    "whole": {"train.compile": "whole", "train.cuda_graphs": "off"},
+    "graphs": {"train.compile": "layers", "train.cuda_graphs": "on"},
+    "convolution": {"train.compile": "layers", "train.cuda_graphs": "on"},
+    "channels-first": {"train.compile": "layers", "train.cuda_graphs": "on"},
+    "one-query-program": {"train.compile": "layers", "train.cuda_graphs": "on"},
 }
-"""Our variants, and what makes them."""
-PRESENT = {"present": False, "stacked": True}
-"""The present style's variants, and whether all layers' keys are one tensor."""
+"""Our variants, and what makes them; the last three undo or add one thing (`rearrange`)."""
+PRESENT = ("present",)
 VARIANTS = (*PRESENT, *OURS)
 SHORTEST = 5
 """Tokens of the shortest caption."""
@@ -118,12 +123,50 @@ def build(
     """attention: of the present-style step's transformers; ours have one way only"""
     config = with_changes(config, {"train.precision": precision})
     if name in PRESENT:
-        step = make_present_step(config, present_model(base, attention).to(device), PRESENT[name])
+        step = make_present_step(config, present_model(base, attention).to(device))
     else:
         config = with_changes(config, OURS[name])
         model = copy.deepcopy(base).to(device)
         step = Step(config, model, make_optimizer(model, config.optim))
+        rearrange(name, model)
     return Variant(name, precision, step, config.objective.coarse_every, device)
+
+
+def rearrange(name: str, model: FoveatedVLM) -> None:
+    """What a variant computes in another way than the product."""
+    encoder = model.encoder
+    if name == "convolution":
+        encoder.blocks = dataclasses.replace(encoder.blocks, embed=torch.compile(embed_by_convolution, fullgraph=True))
+    if name == "channels-first":
+        encoder.blocks = dataclasses.replace(encoder.blocks, predict=predict_channels_first)
+    if name == "one-query-program":
+        program = torch.compile(all_query_blocks, fullgraph=True)
+
+        def forward(query: torch.Tensor, patches: PatchCache) -> torch.Tensor:
+            x = program(patches.layers, patches.keys_values, encoder.query_input_proj(query)[:, None])
+            return encoder.query_output_proj(encoder.dino.layernorm(x))[:, 0]
+
+        encoder.forward = forward
+
+
+def embed_by_convolution(
+    frames: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """What `fvlm.model.blocks.embed_patches` does as a product, by DINOv2's own convolution."""
+    pixels = ((frames.float() - mean) / std).permute(0, 3, 1, 2)
+    return F.conv2d(pixels, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+
+
+def predict_channels_first(head: Any, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """The prediction head as torch lays out images by default, not compiled (compiling would change the format)."""
+    gamma, beta = head.h_to_film(hidden)[:, :, None, None].chunk(2, dim=1)
+    return head.decoder(gamma * head.encoder(previous) + beta)
+
+
+def all_query_blocks(layers: list[VisionLayer], keys_values: list[Any], x: torch.Tensor) -> torch.Tensor:
+    for layer, (k, v) in zip(layers, keys_values, strict=True):
+        x = query_block(layer, x, k, v)
+    return x
 
 
 def random_batch(config: Config, device: torch.device, seed: int = 0) -> Batch:
