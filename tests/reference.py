@@ -8,18 +8,23 @@ It was checked against numbers of the trainer that came before (`test_legacy.py`
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fvlm.batch import Batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VISUAL_STD = 0.14
+MASKED = "sdpa with the reference's mask"
 
 
 class ReferenceModel(nn.Module):
@@ -77,8 +82,28 @@ def see_frame(model: nn.Module, pixels: torch.Tensor, query: torch.Tensor) -> to
     mask = torch.zeros(1, 1, n + 1, n + 1, dtype=hidden.dtype, device=hidden.device)
     mask[..., n] = float("-inf")
     for layer in dino.encoder.layer:
-        hidden = layer(hidden, attention_mask=mask)
+        hidden = masked_layer(layer, hidden, mask)
     return model.encoder.query_output_proj(dino.layernorm(hidden)[:, n])
+
+
+def masked_layer(layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """One whole DINOv2 layer with an additive attention mask [1, 1, S, S]: hidden states [B, S, D] -> [B, S, D]."""
+    if "attention_mask" in inspect.signature(layer.forward).parameters:
+        return layer(hidden, attention_mask=mask)
+    # transformers 5.17 hands its attention function no mask: one that has ours stands in for the length of the call.
+    config = layer.attention.attention.config
+    before = config._attn_implementation
+
+    def with_mask(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: None, **options: Any) -> Any:
+        return sdpa_attention_forward(module, q, k, v, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS[MASKED] = with_mask
+    config._attn_implementation = MASKED
+    try:
+        return layer(hidden)
+    finally:
+        config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[MASKED]
 
 
 def normalise_frame(frame: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

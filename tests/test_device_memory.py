@@ -141,6 +141,7 @@ def test_a_batch_of_0_without_room_or_without_a_gpu_is_an_error_that_says_so(tmp
     with pytest.raises(UserError, match=r"--data.global-batch 0 .* this machine has none"):
         settle_batch(config, LATENT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # AdamW asks; there is no driver
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7, 10**9))
     with pytest.raises(UserError, match=r"do not hold 4 clips a rank.*--train.memory small.*--data.lanes"):
         settle_batch(config, LATENT)

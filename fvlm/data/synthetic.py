@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-from av.video.stream import VideoStream
 
 from fvlm.errors import UserError
 from fvlm.files import TEMPORARY, no_space_is_a_user_error, write_atomic
@@ -119,6 +117,9 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
 
 def _write_video(path: Path, frames: list[np.ndarray]) -> None:
     """H.264 where this FFmpeg has an encoder for it, else MPEG-4; one thread, so that the bytes do not vary."""
+    import av  # not above: shapes can be drawn without PyAV
+    from av.video.stream import VideoStream
+
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     # Looking ahead makes x264's bytes vary from run to run on frames of 32 pixels.
     options = {"crf": "18", "preset": "veryfast", "rc-lookahead": "0"} if codec == "libx264" else {"qscale": "2"}

@@ -1,7 +1,7 @@
 """Is the step right on this GPU? python tests/benchmarks/gpu/parity.py [--help]. No Ray, no network, under two minutes.
 
-    reference      losses and gradients of our step, eager, and compiled and recorded as CUDA graphs, against tests/reference.py in
-                   float64: float32 without TF32, float32 with it, and bf16
+    reference      losses and gradients of our step, eager and as CUDA graphs, against tests/reference.py in float64:
+                   float32 without TF32, float32 with it, and bf16
     waits          whether the host waits for the GPU anywhere in a step (torch's sync debug mode, set to "error")
     memory         what `fvlm.train.memory.estimate` says of a step against the most that torch's allocator gave out
     deterministic  steps from the same weights on the same batches, twice, with `train.deterministic`: equal bits?
@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))  # works where fvlm is not installed
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks" / "step"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # works where fvlm is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step"))
 from chips import machine, synchronise
 from reference import ReferenceModel, reference_losses
 from transformers import AutoModel, AutoModelForCausalLM
@@ -208,7 +207,8 @@ def check_deterministic(checks: Checks, config: Config, device: torch.device) ->
             rows = [variant.number(batch, number)["train/loss"] for number, batch in enumerate(batches)]
             synchronise(device)
             seconds.append((time.perf_counter() - begin) / STEPS)
-            runs.append([float(row) for row in rows] + [float(p.double().sum()) for p in _parameters(variant.step)])
+            weights = [float(p.detach().double().sum()) for p in _parameters(variant.step)]
+            runs.append([float(row) for row in rows] + weights)
         equal = runs[0] == runs[1]
         checks.add(f"{name}: two runs of {STEPS} steps have the same bits", equal, True, ms=1e3 * min(seconds))
 
