@@ -97,6 +97,7 @@ class Bench:
         self.device, self.repeats, self.present_repeats, self.warmup = device, repeats, present_repeats, warmup
         self.begin, self.budget_s = time.monotonic(), budget_s
         self.machine = machine(device)
+        torch.backends.cuda.matmul.allow_tf32 = False  # or the float32 peak would be TF32's
         self.peaks = {"table_bf16": table_peak(device)} | {
             precision: measured_peak(device, dtype)
             for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
