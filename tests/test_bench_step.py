@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks" / "step"))
-from chips import peak_of
 from compare import Bench, Spec, compare
 from counts import Counts, count
 from parts import loss_curve, readings, sweep
@@ -27,6 +26,7 @@ from variants import base_model, build, caption_batches, latent_shape, learnable
 
 from fvlm.batch import IGNORE, Batch
 from fvlm.errors import UserError
+from fvlm.train.chips import peak_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "tests" / "benchmarks"
