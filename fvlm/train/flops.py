@@ -88,7 +88,7 @@ def clip_flops(config: Config, latent_shape: tuple[int, int, int], lengths: list
     Run on tensors without contents, with one and with two layers of each transformer, whose other layers are alike.
     Needs no GPU, speaks to no other rank, takes seconds. Seeds torch's generator, as building a model does.
     """
-    # The std over all ranks is no product, and its sums would be a collective in which no other rank takes part.
+    # The std over all ranks is no product; without it nothing here is a collective, in which others would take part.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, visual_norm="token"))
     with torch.device("meta"):
         model = build_model(config.model, latent_shape, seed=0, pretrained=False)
