@@ -11,8 +11,10 @@ from tiny_run import LATENT, make_config, make_run
 
 from fvlm.checks.machine import Machine
 from fvlm.checks.software import look_at_gpus
+from fvlm.train.flops import FlopMeter
 from fvlm.train.memory import mock_step_seconds
 from fvlm.train.spill import FIRST_LINES, GpuMemory, SlowdownWatch, slow_mock_step, usable
+from ray_jobs.training import look_at_speed
 
 GB = 10**9
 FULL = GpuMemory(reserved=22 * GB, used=23 * GB, total=24 * GB)
@@ -94,6 +96,17 @@ def test_a_timed_mock_step_takes_time_and_changes_no_bit(tmp_path):
     assert mock_step_seconds(run.take_step, LATENT) > 0
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None, name
+
+
+def test_a_start_says_it_of_the_rank_that_has_a_meter(tmp_path, monkeypatch):
+    step = make_run(make_config(tmp_path)).take_step
+    monkeypatch.setattr(GpuMemory, "now", lambda device: FULL)
+    meter = FlopMeter({64: 1e12}, peak_tflops=1e-3)  # two clips need 40 000 s at 5 % of that
+    assert look_at_speed(step, LATENT, meter) == []
+    meter = FlopMeter({64: 1e3}, peak_tflops=1e3)
+    (said,) = look_at_speed(step, LATENT, meter)
+    assert "a mock step took" in said and "nvidia-smi" in said
+    assert look_at_speed(step, LATENT, None) == []
 
 
 def test_the_doctor_tells_of_the_driver_s_policy_under_wsl2_with_a_gpu_alone(tmp_path, monkeypatch):
