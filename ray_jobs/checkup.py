@@ -28,7 +28,8 @@ from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
 from fvlm.errors import UserError
 from fvlm.train.held_out import eval_clips
-from fvlm.train.memory import SPARE, clips_of_a_rank, estimate, settle_memory
+from fvlm.train.memory import clips_of_a_rank, estimate, settle_memory
+from fvlm.train.spill import usable
 from ray_jobs.ingest import cpus_needed, ingest_memory, store_needed
 from ray_jobs.options import STEP_MS, command_line
 from ray_jobs.train import check_evaluation, open_dataset, settle
@@ -188,7 +189,7 @@ def look_at_step_memory(config: Config, latent: tuple[int, int, int]) -> list[Fi
     except UserError as error:
         return [of_error("model", error)]
     text = f"about {need} with train.memory {settled.train.memory}; GPU {index} has {gb(free)} free"
-    if need.peak > free * SPARE:
+    if need.peak > usable(free):
         cure = "--train.memory small, more ranks (--scale.workers), or a smaller --data.global-batch."
         return [Finding("FAIL", "memory of a step", text, cure)]
     return [Finding("ok", "memory of a step", text)]

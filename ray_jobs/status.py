@@ -154,7 +154,9 @@ def speed(run: RunReport) -> str:
     if run.step_s is None:
         return ""
     wait = f", {100 * run.data_wait:.1f}% of the time waiting for data" if run.data_wait is not None else ""
-    return f"{number(run.clips_per_s, 1)} clips/s, {run.step_s:.3f} s a step{wait}{f', on {run.on}' if run.on else ''}"
+    mfu = f", MFU {100 * run.mfu:.1f}%" if run.mfu is not None else ""
+    on = f", on {run.on}" if run.on else ""
+    return f"{number(run.clips_per_s, 1)} clips/s, {run.step_s:.3f} s a step{mfu}{wait}{on}"
 
 
 def loss(run: RunReport) -> str:

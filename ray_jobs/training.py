@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import ray
 import torch
 
 import fvlm
+from fvlm.checks.machine import Machine
 from fvlm.config import Config
 from fvlm.data.collate import Collator
 from fvlm.data.corrupt import CORRUPT
@@ -21,11 +23,12 @@ from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.model.hub import build_model
 from fvlm.train.device import on_device
 from fvlm.train.evaluation import Evaluation
+from fvlm.train.flops import FlopMeter
 from fvlm.train.hang import HangWatch, collect_stacks
 from fvlm.train.held_out import EvalClips, eval_clips
 from fvlm.train.logger import Logger
 from fvlm.train.loop import Hook, Run, train
-from fvlm.train.memory import out_of_memory, settle_memory, warm_up
+from fvlm.train.memory import clips_of_a_rank, mock_step_seconds, out_of_memory, settle_memory, warm_up
 from fvlm.train.metrics import Clock, Metrics, Row
 from fvlm.train.numerics import configure_numerics
 from fvlm.train.optim import freeze_unreached, make_optimizer
@@ -35,7 +38,8 @@ from fvlm.train.run_folder import TOKENIZER
 from fvlm.train.samples import Samples
 from fvlm.train.saver import Saver, ShardGiver
 from fvlm.train.sinks import JsonLines, Sink, TrainLog
-from fvlm.train.step import compile_kind
+from fvlm.train.spill import GpuMemory, SlowdownWatch, slow_mock_step
+from fvlm.train.step import Step, compile_kind
 from fvlm.train.store import CheckpointStore
 from fvlm.train.wandb_sink import Wandb
 from ray_jobs.agreement import StopAgreement
@@ -67,17 +71,21 @@ def train_on(
     """Build or restore the state, and train until the end or until all ranks are asked to stop."""
     latent_shape = manifest.spec.latent_shape
     config = settle_memory(config, latent_shape, place.device)
+    main, on_gpu = place.rank == 0, place.device.type == "cuda"
+    # Before the model is made: it seeds torch's generator too.
+    meter = FlopMeter.of_config(config, latent_shape, place.device) if main and on_gpu else None
     run = make_run(config, manifest, place.device, store, choice)
-    main = place.rank == 0
-    sinks = make_sinks(config, run.step) if main else []
+    sinks = make_sinks(config, run.step, place.device) if main else []
     clips = eval_clips(config, manifest)
     if main:
         announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
-    if place.device.type == "cuda" or compile_kind(config, place.device) != "off":
-        memory = warm_up(run.take_step, latent_shape)
+    if on_gpu or compile_kind(config, place.device) != "off":
+        notes = [warm_up(run.take_step, latent_shape)]
+        if on_gpu:
+            notes += look_at_speed(run.take_step, latent_shape, meter)
         start_up.passed("for a mock step")
-        for sink in sinks:
-            sink.note(memory)
+        for sink, note in itertools.product(sinks, notes):
+            sink.note(note)
     tokens = CaptionTokenizer(
         load_tokenizer(config.run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos
     )
@@ -91,7 +99,7 @@ def train_on(
             # The other ranks' rows are not written anywhere, and what they asked for the first would not hear of.
             return feed.lap() | (tell_damage(ledger, sinks) | saver.lap() if saver else {})
 
-        logger = Logger(run, sinks, samples, lap)
+        logger = Logger(run, sinks, samples, lap, meter)
         giver = ShardGiver(run)
         hooks: list[Hook] = [logger, watch]
         if clips:
@@ -102,6 +110,7 @@ def train_on(
             hooks.append(start_up.tell(sinks[0].note))
         start_up.passed("for model and weights")
         batches = samples.of(on_device(map(collate, feed), place.device))
+        batches = meter.of(batches) if meter else batches
         try:
             train(run, batches, hooks, StopAgreement(ledger, place.world))
         except torch.OutOfMemoryError as error:
@@ -163,9 +172,23 @@ def make_run(config: Config, manifest: Manifest, device: torch.device, store: Ch
     return run
 
 
-def make_sinks(config: Config, step: int) -> list[Sink]:
+def look_at_speed(step: Step, latent_shape: tuple[int, int, int], meter: FlopMeter | None) -> list[str]:
+    """What there is to say of the time that a mock step takes on a GPU. All ranks do it together; those with a meter
+    say something."""
+    seconds = mock_step_seconds(step, latent_shape)
+    if meter is None:
+        return []
+    flops = clips_of_a_rank(step.config) * meter.by_length[step.config.data.max_caption_tokens]
+    memory = GpuMemory.now(step.model.q_static.device)
+    slow = slow_mock_step(seconds, flops, meter.peak_tflops, memory, Machine().is_wsl2)
+    return [slow] if slow else []
+
+
+def make_sinks(config: Config, step: int, device: torch.device) -> list[Sink]:
     log = TrainLog(config.run_dir, config.train.max_steps)
     sinks: list[Sink] = [log, JsonLines(config.run_dir, step), RayMetrics(config.run_name)]
+    if device.type == "cuda":
+        sinks.append(SlowdownWatch(log.note, functools.partial(GpuMemory.now, device), Machine().is_wsl2))
     if config.log.wandb != "off":
         sinks.append(Wandb(config, log.note, [Path(file).parent for file in (fvlm.__file__, __file__)]))
     return sinks

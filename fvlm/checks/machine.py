@@ -19,6 +19,11 @@ FEWEST_OPEN_FILES = 4096
 COMMIT_STRICTLY = 2
 """Value of vm.overcommit_memory."""
 
+NO_FALLBACK = (
+    'NVIDIA Control Panel of Windows, Manage 3D settings, "CUDA - Sysmem Fallback Policy": "Prefer No Sysmem Fallback"'
+)
+"""Where Windows is told that a GPU whose memory is full shall fail, and not go on in system memory."""
+
 
 @dataclass(frozen=True)
 class Mount:

@@ -14,7 +14,7 @@ from packaging.version import InvalidVersion, Version
 
 import fvlm
 from fvlm.checks.finding import Finding, gb
-from fvlm.checks.machine import Machine
+from fvlm.checks.machine import NO_FALLBACK, Machine
 
 PROJECT = Path(fvlm.__file__).resolve().parents[1]
 CONSTRAINTS = "constraints.txt"
@@ -95,7 +95,16 @@ def look_at_gpus(machine: Machine, device: Device = "auto", ranks: int = 1, bf16
         return [_no_cuda_build(torch.__version__, nodes, device)]
     if not torch.cuda.is_available():
         return [_no_driver(nodes, device)]
-    return _cuda_gpus(ranks, bf16)
+    return _cuda_gpus(ranks, bf16) + ([_sysmem_fallback()] if machine.is_wsl2 else [])
+
+
+def _sysmem_fallback() -> Finding:
+    return Finding(
+        "note",
+        "GPU memory",
+        "WSL2: when it is full, Windows' driver goes on in system memory, many times slower, instead of failing",
+        f"{NO_FALLBACK}. A run leaves some memory free, and says in its log when steps look like it.",
+    )
 
 
 def _no_cuda_build(version: str, nodes: list[str], device: Device) -> Finding:

@@ -28,3 +28,9 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         for tensor in there.tensors():
             tensor.record_stream(compute)  # or its memory might go to the next copy before the step has read it
         yield there
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until all that was handed to a GPU is done. Elsewhere nothing is handed over."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

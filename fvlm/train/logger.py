@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from fvlm.train.flops import FlopMeter
 from fvlm.train.loop import Run, is_save_step
 from fvlm.train.metrics import Row, Scalars
 from fvlm.train.optim import learning_rate
@@ -18,11 +19,19 @@ class Logger:
     """Gathers every step's scalars; every `log_every` steps reads them and hands them to the sinks.
 
     Every rank runs one (the scalars are the same on all, and so are the averages in their checkpoints); only rank 0
-    has sinks. `samples` knows this rank's clips; `feed` says how the ingest did since it was last asked.
+    has sinks. `samples` knows this rank's clips; `feed` says how the ingest did since it was last asked; `meter` how
+    many operations were computed.
     """
 
-    def __init__(self, run: Run, sinks: list[Sink], samples: Samples, feed: Callable[[], Row] = dict):
-        self.run, self.sinks, self.samples, self.feed = run, sinks, samples, feed
+    def __init__(
+        self,
+        run: Run,
+        sinks: list[Sink],
+        samples: Samples,
+        feed: Callable[[], Row] = dict,
+        meter: FlopMeter | None = None,
+    ):
+        self.run, self.sinks, self.samples, self.feed, self.meter = run, sinks, samples, feed, meter
         self.skipped = SkippedSteps(run.config, run.step, is_writer=samples.rank == 0)
 
     def after_step(self, step: int, scalars: Scalars) -> None:
@@ -60,6 +69,7 @@ class Logger:
     def _speed(self) -> Row:
         step_time, wait = self.run.clock.lap()
         on_gpu = self.run.model.q_static.is_cuda
+        feed = self.feed() | (self.meter.lap(step_time) if self.meter else {})
         return {
             "train/step_time": step_time,
             "train/data_wait": wait,
@@ -67,4 +77,4 @@ class Logger:
             "train/vram_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
             "train/eta_s": (self.run.config.train.max_steps - self.run.step) * step_time,
             "train/trained_s": self.run.clock.trained_s,
-        } | self.feed()
+        } | feed

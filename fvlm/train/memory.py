@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +22,15 @@ from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.hub import build_model
 from fvlm.ranks import world_size
+from fvlm.train.device import synchronise
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.parallel import BUCKET_ELEMENTS
 from fvlm.train.run_folder import CONFIG, read_began
+from fvlm.train.spill import usable
 from fvlm.train.step import RECOMPUTED, Step, compile_kind
 
 GB = 1e9
 MOST_CLIPS = 4096
-SPARE = 0.9
-"""Share of the free memory that an estimate may fill: allocators round up, and kernels want workspace."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def settle_memory(config: Config, latent_shape: tuple[int, int, int], device: to
     modes = list(RECOMPUTED)
     choice = 0
     if device.type == "cuda":
-        free, clips = torch.cuda.mem_get_info(device)[0] * SPARE, clips_of_a_rank(config)
+        free, clips = usable(torch.cuda.mem_get_info(device)[0]), clips_of_a_rank(config)
         while choice < len(modes) - 1 and estimate(with_memory(config, modes[choice]), latent_shape, clips).peak > free:
             choice += 1
         if world_size() > 1:
@@ -174,20 +175,36 @@ def clips_of_a_rank(config: Config) -> int:
     return config.data.global_batch // config.scale.workers
 
 
+def mock_step(step: Step, latent_shape: tuple[int, int, int], tokens: int, readings: bool) -> None:
+    """Forward and backward of a mock batch. Changes nothing. All ranks do it together."""
+    config, model, device = step.config, step.model, step.model.q_static.device
+    clips, vocabulary = clips_of_a_rank(config), model.llm.config.vocab_size
+    batch = mock_batch(config, latent_shape, clips, vocabulary, tokens).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        losses = step.losses_of(model, batch, config.objective, readings)
+    losses.loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def mock_step_seconds(step: Step, latent_shape: tuple[int, int, int]) -> float:
+    """Of one more mock step after `warm_up`, of the longest captions. All ranks do it together."""
+    device, tokens = step.model.q_static.device, step.config.data.max_caption_tokens
+    synchronise(device)
+    begin = time.perf_counter()
+    mock_step(step, latent_shape, tokens, readings=False)
+    synchronise(device)
+    return time.perf_counter() - begin
+
+
 def warm_up(step: Step, latent_shape: tuple[int, int, int]) -> str:
     """Forward and backward of mock batches of every shape, with readings and without: what is to be compiled or
     recorded is, and too little memory shows now. Changes nothing. All ranks do it together. Returns a line. Raises
     UserError.
     """
-    config, model = step.config, step.model
-    device, clips, vocabulary = model.q_static.device, clips_of_a_rank(config), model.llm.config.vocab_size
+    config, model, device = step.config, step.model, step.model.q_static.device
     try:
         for tokens, readings in itertools.product(padded_lengths(config.data.max_caption_tokens), (True, False)):
-            batch = mock_batch(config, latent_shape, clips, vocabulary, tokens).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                losses = step.losses_of(model, batch, config.objective, readings)
-            losses.loss.backward()
-            model.zero_grad(set_to_none=True)
+            mock_step(step, latent_shape, tokens, readings)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, "a mock step, before the first one", config, latent_shape) from error
     line = f"a mock step has passed (train.compile {compile_kind(config, device)}, train.memory {config.train.memory})"
@@ -210,7 +227,7 @@ def out_of_memory(
     lines = f"out of GPU memory in {phase}, with {clips} clips a rank: {asked}. "
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-        fits = largest_batch(config, latent_shape, int(free * SPARE))
+        fits = largest_batch(config, latent_shape, usable(free))
         lines += f"About {fits} clips a rank would fit into the {free / GB:.1f} GB that are free for it. "
     return UserError(
         lines + f"Try --train.memory small (now {config.train.memory}), more ranks (--scale.workers), or, as another "
@@ -247,8 +264,8 @@ def settle_batch(config: Config, latent_shape: tuple[int, int, int]) -> Config:
         raise UserError("--data.global-batch 0 asks for what fits the GPU, and this machine has none. Give a number.")
     else:
         settled = with_memory(config, "balanced") if config.train.memory == "auto" else config
-        free = torch.cuda.mem_get_info()[0] * SPARE
-        clips = largest_batch(settled, latent_shape, int(free)) * ranks // data.lanes * data.lanes
+        free = usable(torch.cuda.mem_get_info()[0])
+        clips = largest_batch(settled, latent_shape, free) * ranks // data.lanes * data.lanes
         if clips == 0:
             raise UserError(
                 f"--data.global-batch 0: {free / GB:.1f} GB of GPU memory do not hold {data.lanes // ranks} clips a "

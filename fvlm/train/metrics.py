@@ -184,11 +184,12 @@ def log_line(latest: Row, max_steps: int) -> str:
         ingest += f", {latest['ingest/corrupt']:.0f} damaged clips" if latest["ingest/corrupt"] else ""
         retries = latest.get("ingest/retries", 0) + latest.get("ingest/rereads", 0)
         ingest += f", {retries:.0f} retries | " if retries else " | "
+    mfu = f"MFU {100 * latest['train/mfu']:.1f}% " if "train/mfu" in latest else ""
     return (
         f"step {step}/{max_steps} ({100 * step / max_steps:.1f}%) epoch {latest['train/epoch']:.2f} | "
         f"{losses('cap', 'caption')} | {losses('rec', 'recon')} | "
         f"{latest['train/step_time']:.3f} s/step {latest['train/clips_per_s']:.1f} clips/s "
-        f"wait {100 * latest['train/data_wait']:.1f}% | {ingest}VRAM {latest['train/vram_gb']:.1f} GB | "
+        f"{mfu}wait {100 * latest['train/data_wait']:.1f}% | {ingest}VRAM {latest['train/vram_gb']:.1f} GB | "
         f"ETA {duration(latest['train/eta_s'])}"
     )
 

@@ -62,6 +62,8 @@ class RunReport:
     """Averages of the last readings, as people watch them."""
     step_s: float | None = None
     clips_per_s: float | None = None
+    mfu: float | None = None
+    """Share of the GPU's peak; None where it is not known."""
     data_wait: float | None = None
     epoch: float | None = None
     steps_per_epoch: int | None = None
@@ -173,6 +175,7 @@ def report(run_dir: Path, last: LastStart, now: float) -> RunReport:
         recon_ratio=recon_ratio,
         step_s=step_s,
         clips_per_s=readings.value("train/clips_per_s"),
+        mfu=readings.value("train/mfu"),
         data_wait=readings.value("train/data_wait"),
         epoch=readings.value("train/epoch"),
         steps_per_epoch=readings.steps_per_epoch or None,

@@ -16,7 +16,7 @@ from fvlm.train.sinks import METRICS
 from fvlm.train.state import MODEL, OPTIMIZER, checkpoint_name
 
 CHECKPOINTS = "checkpoints"
-CLOCK_AND_MACHINE = ("step_time", "data_wait", "clips_per_s", "vram_gb", "eta_s", "trained_s")
+CLOCK_AND_MACHINE = ("step_time", "data_wait", "clips_per_s", "tflops", "mfu", "vram_gb", "eta_s", "trained_s")
 """train/... values of metrics.jsonl that depend on the clock. Those of ingest/... and of checkpoints do too."""
 MOST_NAMED = 5
 

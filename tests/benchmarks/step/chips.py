@@ -1,10 +1,9 @@
-"""What a chip could do at best, and what the machine is."""
+"""What a chip does at best, measured, and what the machine is."""
 
 from __future__ import annotations
 
 import datetime
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -13,36 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-# Dense bf16 with float32 accumulation, TFLOP/s, from NVIDIA's data sheets and architecture white papers (the figures
-# without sparsity).
-PEAKS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10G": 70,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 4080": 97.5,
-    "RTX 3090 Ti": 80,
-    "RTX 3090": 71,
-}
-
-
-def table_peak(device: torch.device) -> float | None:
-    """TFLOP/s of dense bf16 by the table; None for a chip that is not in it."""
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device))
-
-
-def peak_of(name: str) -> float | None:
-    """The first chip that is part of torch's name of a device, and no other model by what follows."""
-    other = r"(?!\w| (D|Ti|SUPER|Laptop|Max-Q)\b)"
-    return next((float(peak) for chip, peak in PEAKS.items() if re.search(rf"\b{chip}{other}", name)), None)
+from fvlm.train.device import synchronise
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -57,11 +27,6 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
         synchronise(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * side**3 / best / 1e12
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -13,14 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from chips import machine, measured_peak, synchronise, table_peak
+from chips import machine, measured_peak
 from counts import Compiled, count, count_kernels, is_out_of_memory, peak_memory
-from variants import OURS, PRESENT, Variant, base_model, build, random_batch
+from variants import OURS, PRESENT, Variant, base_model, build, latent_shape, random_batch
 
 from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
+from fvlm.train.chips import table_peak
+from fvlm.train.device import synchronise
+from fvlm.train.flops import clip_flops
 
 LEAST_READING_S = 0.3
 """A shorter step is repeated without a wait between, as in training, until a reading takes as long."""
@@ -114,20 +117,12 @@ class Bench:
         return listed if precision == "bf16" and listed else self.peaks[precision]
 
     def useful(self, config: Config) -> float:
-        """Operations a clip that the mathematics needs, counted over our eager step with one clip and nothing twice."""
+        """Operations a clip that the mathematics needs, by the trainer's own count, at the longest caption."""
         key = (config.model, config.objective, config.data.num_frames, config.data.frame_size)
         key = (*key, config.data.max_caption_tokens)
         if key not in self._useful:
-            one = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=1, lanes=1))
-            one = no_recomputing(one)
-            variant = build("eager", "fp32", one, base_model(one), self.device)
-            batch = random_batch(one, self.device)
-            self._useful[key] = count(lambda: variant.plain(batch))[1].useful
+            (self._useful[key],) = clip_flops(config, latent_shape(config), [config.data.max_caption_tokens])
         return self._useful[key]
-
-
-def no_recomputing(config: Config) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, memory="speed"))
 
 
 def compare(bench: Bench, config: Config, specs: list[Spec]) -> list[Row]:

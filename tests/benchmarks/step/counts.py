@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from chips import synchronise
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+
+from fvlm.train.device import synchronise
+from fvlm.train.flops import Flops, flop_counter, flops_of
 
 Result = TypeVar("Result")
 
@@ -26,41 +28,24 @@ GRADIENT_NORM = {"linalg_vector_norm", "_foreach_norm"}
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Of one step. Floating-point operations are two for a multiplication with an addition.
+class Counts(Flops):
+    """Of one step, besides its floating-point operations:
 
-    products:           matrix products and convolutions, recomputed ones too
-    attention:          attention without causality's half, recomputed ones too, and with the fifth product that fused
-                        kernels make in the backward pass
-    attention_backward: that part of `attention`
     operators:          below autograd, that compute something: no views, no allocations
     operators_model:    those of forward and backward alone
     """
 
-    products: int
-    attention: int
-    attention_backward: int
     operators: int
     operators_model: int
-
-    @property
-    def useful(self) -> float:
-        """Operations that the mathematics needs: an attention's backward pass is four products, not five."""
-        return self.products + self.attention - self.attention_backward / 5
 
 
 def count(step: Callable[[], Result]) -> tuple[Result, Counts]:
     """Run an eager step, and count what is dispatched in it: forward, recomputation, backward, optimizer."""
-    flops = FlopCounterMode(display=False, custom_mapping=_attention_formulas())
     operators = _Operators()
-    with flops, operators:
+    with flop_counter() as flops, operators:
         result = step()
-    counted = {str(operator): value for operator, value in flops.get_flop_counts().get("Global", {}).items()}
-    attention = {name: value for name, value in counted.items() if re.search("attention|bmm", name)}
     return result, Counts(
-        products=sum(counted.values()) - sum(attention.values()),
-        attention=sum(attention.values()),
-        attention_backward=sum(value for name, value in attention.items() if "backward" in name),
+        **dataclasses.asdict(flops_of(flops)),
         operators=operators.seen,
         operators_model=operators.seen if operators.before_norm is None else operators.before_norm,
     )
@@ -78,26 +63,6 @@ class _Operators(TorchDispatchMode):
         if func.namespace != "prim" and not getattr(func, "is_view", False) and func._opname not in NO_KERNEL:
             self.seen += 1
         return func(*args, **(kwargs or {}))
-
-
-def _attention_formulas() -> dict[Any, Callable[..., int]]:
-    """For every fused attention. torch's own table leaves out the CPU's kernel, and in 2.11 fails on grouped heads."""
-
-    def forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        (b, h, m, d), n = q, k[2]
-        return 2 * b * h * m * n * (d + v[3])
-
-    def backward(_grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        (b, h, m, d), n = q, k[2]
-        return 2 * b * h * m * n * (3 * d + 2 * v[3])
-
-    kinds = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-    formulas: dict[Any, Callable[..., int]] = {}
-    for kind in kinds:
-        for suffix, formula in (("", forward), ("_backward", backward)):
-            if (operator := getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{suffix}", None)) is not None:
-                formulas[operator] = formula
-    return formulas
 
 
 def count_kernels(step: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from chips import synchronise
 from compare import LEAST_READINGS, Bench, Row, Spec, aligned, compare, free, seconds, steps_a_reading, table
 from counts import Compiled
 from variants import PRESENT, Variant, base_model, build, caption_batches, learnable_batches, random_batch, with_changes
 
 from fvlm.config import Config
 from fvlm.errors import UserError
+from fvlm.train.device import synchronise
 
 
 def captions(bench: Bench, config: Config, spec: Spec, steps: int) -> dict[str, Any]:
