@@ -140,17 +140,19 @@ def _norm(module: Any, eps: float) -> Norm:
     return Norm(module.weight, getattr(module, "bias", None), eps)
 
 
-def converts(device: torch.device) -> bool:
-    """Whether autocast is on, so that reading weights means converting them."""
-    return torch.is_autocast_enabled(device.type)
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast converts the factors of a product to on this device; None where it is off."""
+    kind = device.type
+    # Tensors without contents ("meta") know no autocast.
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def _joined(*modules: Any) -> tuple[Linear, ...]:
     """The modules' weights as they are; under autocast, converted and joined into one matrix."""
-    device = modules[0].weight.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(modules[0].weight.device)
+    if dtype is None:
         return tuple(Linear(module.weight, module.bias) for module in modules)
-    dtype = torch.get_autocast_dtype(device)
     weight = _cat([module.weight.to(dtype) for module in modules])
     biases = [module.bias for module in modules if module.bias is not None]
     if len(biases) not in (0, len(modules)):
@@ -274,10 +276,10 @@ def embed_patches(
     # [F, rows, p, columns, p, 3] -> [F, rows * columns, p * p * 3]
     patches = pixels.view(f, rows, p, columns, p, 3).transpose(2, 3).reshape(f, rows * columns, -1)
     weight = weight_DK.permute(0, 2, 3, 1).reshape(d, -1)
-    device = frames_FHW3.device.type
-    if torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(frames_FHW3.device)
+    if dtype is not None:
         # 14 * 14 * 3 = 588 is no multiple of 8, which half-precision products want: padded with zeros to 592.
-        dtype, missing = torch.get_autocast_dtype(device), -patches.shape[-1] % 8
+        missing = -patches.shape[-1] % 8
         patches, weight = (F.pad(t.to(dtype), (0, missing)) for t in (patches, weight))
     return F.linear(patches, weight, bias_D)
 
@@ -332,12 +334,12 @@ class Blocks:
 
     def vision_layers(self, layers: Any) -> list[VisionLayer]:
         """The layers' weights for one step; only converting them is worth a program."""
-        device = layers[0].norm1.weight.device
-        return [(self.vision_layer if converts(device) else vision_layer)(layer) for layer in layers]
+        read = vision_layer if autocast_dtype(layers[0].norm1.weight.device) is None else self.vision_layer
+        return [read(layer) for layer in layers]
 
     def decoder_layers(self, layers: Any) -> list[DecoderLayer | nn.Module]:
         """Likewise; layers that are no plain Llama's, or are in parts on several ranks, as they are."""
         if not all(map(is_plain_llama, layers)) or any(hasattr(p, "full_tensor") for p in layers[0].parameters()):
             return list(layers)
-        device = layers[0].input_layernorm.weight.device
-        return [(self.decoder_layer if converts(device) else decoder_layer)(layer) for layer in layers]
+        read = decoder_layer if autocast_dtype(layers[0].input_layernorm.weight.device) is None else self.decoder_layer
+        return [read(layer) for layer in layers]

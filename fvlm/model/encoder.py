@@ -8,6 +8,7 @@ Shapes: F = B*T frames, N patches + CLS, D vision width, h heads, d = D / h, Q q
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch.nn import functional as F
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from fvlm.errors import UserError
-from fvlm.model.blocks import Blocks, VisionLayer, block_query, last_keys_values, query_block, require_known_mlp
+from fvlm.model.blocks import (
+    Blocks,
+    VisionLayer,
+    autocast_dtype,
+    block_query,
+    last_keys_values,
+    query_block,
+    require_known_mlp,
+)
 
 # Statistics of ImageNet, with which DINOv2 was trained (facebook/dinov2-small, preprocessor_config.json).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -134,11 +143,15 @@ def position_embeddings(learned_1ND: torch.Tensor, grid: tuple[int, int]) -> tor
         return learned_1ND
     over_rows, over_columns = (_bicubic(side, length, learned_1ND.device) for length in grid)
     # Products in float32, as the interpolation was: in half precision it would shift the positions.
-    with torch.autocast(learned_1ND.device.type, enabled=False):
+    with without_autocast(learned_1ND.device):
         table = learned_1ND[0, 1:].float().unflatten(0, (side, side))  # [side, side, D]
         table = torch.matmul(over_columns, table).transpose(0, 1)  # [columns, side, D]
         table = torch.matmul(over_rows, table).transpose(0, 1)  # [rows, columns, D]
     return torch.cat([learned_1ND[:, :1], table.flatten(0, 1)[None].to(learned_1ND.dtype)], dim=1)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
 
 
 def _bicubic(source: int, target: int, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fvlm.model.blocks import Blocks, DecoderLayer, cross_entropy_chunk
+from fvlm.model.blocks import Blocks, DecoderLayer, autocast_dtype, cross_entropy_chunk
 
 LOGITS_AT_ONCE = 1 << 25
 """Logits that exist at the same time, at most: 128 MiB of float32."""
@@ -70,9 +70,8 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         chunks = -(-labels_P.shape[0] * head_VE.shape[0] // LOGITS_AT_ONCE)
-        device = hidden_PE.device.type
         # Converted here and not by autocast: it would keep a copy without a graph, which another user would then get.
-        head = head_VE.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else head_VE
+        head = head_VE.to(autocast_dtype(hidden_PE.device) or head_VE.dtype)
         total = torch.zeros((), device=hidden_PE.device)
         hidden_gradients, head_gradient = [], torch.zeros_like(head_VE) if wanted else None
         for hidden, labels in zip(hidden_PE.chunk(chunks), labels_P.chunk(chunks), strict=True):
