@@ -63,6 +63,22 @@ def test_graphs_have_the_losses_and_gradients_of_the_reference(kind, monkeypatch
     assert counters["stats"]["unique_graphs"] == {"layers": 10, "whole": 2}[kind]
 
 
+def test_in_bf16_reading_the_weights_is_a_program_too_and_nothing_breaks(monkeypatch):
+    without_code_generation(monkeypatch)
+    model, batch = make_model(), make_batch()
+    wanted = reference_losses(reference_of(model), batch, 2, 0.3, True, "batch")
+    config = config_of("layers")
+    freeze_unreached(model, config)
+    losses_of = make_losses(config, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = losses_of(model, batch, OBJECTIVE, readings=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            losses_of(model, make_batch(2), OBJECTIVE, readings=True)
+    assert got.loss.item() == pytest.approx(wanted.loss.item(), rel=0.02)
+    got.loss.backward()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] > 10
+
+
 @pytest.mark.parametrize("kind", ["off", "layers"])
 @pytest.mark.parametrize("memory", ["balanced", "small"])
 def test_what_is_computed_again_for_the_backward_pass_changes_nothing(kind, memory, monkeypatch):
