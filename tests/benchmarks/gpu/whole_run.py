@@ -4,8 +4,8 @@
     bare           the step alone, in a process of its own, on batches that lie decoded in the host's memory
     run            `python -m ray_jobs.train`: clips/s, share of the bare step's, data wait, checkpoints, start, memory
     kill           the same twice with `--train.deterministic`, once with SIGKILL to its rank in the middle: equal bits?
-    deterministic  that option once more, undisturbed: equal bits, and what it costs
     feed           `--feed-test`: clips/s that the ingest could deliver with all cores
+    deterministic  that option once more, undisturbed: equal bits, and what it costs
 
 Options after `--` go to every training (`-- --train.cuda-graphs`). Everything uses clusters of its own, which end with
 their commands, and one temporary folder, which is removed. FILE is written after every part. Exit code 1: a part failed
@@ -23,6 +23,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -47,7 +48,7 @@ from fvlm.files import write_atomic
 from ray_jobs.options import command_line
 
 DETERMINISTIC = "--train.deterministic"
-SHARES = {"bare": 75, "run": 80, "kill": 120, "deterministic": 50, "feed": 45}
+SHARES = {"bare": 100, "run": 80, "kill": 140, "feed": 50, "deterministic": 50}
 """Parts, and the most seconds of each."""
 LONGEST_S = 600.0
 """Of a part of a dry run, where nobody waits for a GPU."""
@@ -65,7 +66,7 @@ class Sizes:
     log_every: int = 10
     laps: int = 15
     batches: int = 32
-    feed_s: float = 15.0
+    feed_s: float = 18.0
 
 
 DRY = Sizes(
@@ -82,10 +83,12 @@ class WholeRun:
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder = args, folder
-        self.sizes = DRY if args.dry_run else Sizes()
+        given = {key: getattr(args, key) for key in ("steps", "save_every") if getattr(args, key)}
+        self.sizes = dataclasses.replace(DRY if args.dry_run else Sizes(), **given)
         self.begin = time.monotonic()
         self.device = torch.device("cpu" if args.dry_run else "cuda")
-        preset, small = ("demo", SMALL) if args.dry_run else (args.preset, [])
+        # On a machine whose GPU Ray does not see, the command fails, and does not train on the CPU.
+        preset, small = ("demo", SMALL) if args.dry_run else (args.preset, ["--scale.device", "cuda"])
         self.common = [
             preset, "--model.init", "random", *small, "--data.path", str(folder / "data" / "parquet"),
             "--log.wandb", "off", "--eval.every", "0", "--train.log-every", str(self.sizes.log_every),
@@ -175,7 +178,7 @@ class WholeRun:
                     seconds_to_next_step=back[0][0] - killed.killed_at if back else None,
                     restart=run_figures.start(line for _, line in back),
                 )
-        found["with"] = self.deterministic
+        found.update({"with": self.deterministic, "undisturbed_ms_step": self.speed(twin)["ms_step"]})
         found.update(run_figures.difference(twin.run_dir, killed.run_dir, self.sizes.twin_steps))
         shutil.rmtree(killed.run_dir, ignore_errors=True)
 
@@ -240,6 +243,7 @@ def main() -> int:
     if not args.dry_run and not torch.cuda.is_available():
         print("error: torch sees no CUDA GPU here. Try --dry-run.", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     folder = Path(tempfile.mkdtemp(prefix="whole-"))  # short: Ray's sockets lie below it
     try:
         return measure(args, folder)
@@ -250,7 +254,7 @@ def main() -> int:
 def measure(args: argparse.Namespace, folder: Path) -> int:
     whole = WholeRun(args, folder)
     whole.do("data", whole.data)
-    parts = {"bare": whole.bare, "run": whole.run, "kill": whole.kill, "deterministic": whole.twice, "feed": whole.feed}
+    parts = {"bare": whole.bare, "run": whole.run, "kill": whole.kill, "feed": whole.feed, "deterministic": whole.twice}
     for part, work in parts.items():
         if part not in args.parts:
             whole.found["left_out"][part] = "not among --parts"
@@ -275,6 +279,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--preset", default="joint_multifine")
     parser.add_argument("--parts", default=",".join(SHARES), help="default %(default)s")
     parser.add_argument("--budget", type=float, help="seconds for everything; default 290, of a dry run 1800")
+    parser.add_argument("--steps", type=int, help=f"of run; default {Sizes.steps}")
+    parser.add_argument("--save-every", type=int, help=f"steps of run; default {Sizes.save_every}")
     parser.add_argument("--compile-cache", type=Path, help="folder with compiled programs; default: a fresh one")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
     args = parser.parse_args(arguments)
