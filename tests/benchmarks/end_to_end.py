@@ -8,28 +8,22 @@ medians over laps of ten steps, the first two laps left out, and of the rounds t
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bare_step import decoded, seconds_of_laps
 from datasets import write_dataset
 from demo_run import LAP, LEFT_OUT, demo_config, laps, train
 
-from fvlm.batch import Batch
 from fvlm.config import Config
-from fvlm.data.collate import Collator
-from fvlm.data.plan import Plan
-from fvlm.data.read import BlockReader, ClipReader
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import read_manifest
-from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.model.hub import build_model
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.run_folder import TOKENIZER
@@ -66,30 +60,12 @@ def main() -> None:
 
 
 def laps_of_bare_step(config: Config, manifest: Manifest) -> list[float]:
-    """Seconds a step of each lap, readings included, as often as the run has them."""
+    """Seconds a step of each lap that counts, as many steps as the run has."""
     model = build_model(config.model, manifest.spec.latent_shape, config.train.seed)
     freeze_unreached(model, config)
     step = Step(config, model, make_optimizer(model, config.optim))
-    batches = itertools.cycle(decoded(config, manifest))
-    seconds = []
-    for lap in range(config.train.max_steps // LAP):
-        begin = time.perf_counter()
-        for number in range(lap * LAP, (lap + 1) * LAP):
-            scalars = step(next(batches), number)
-        float(scalars["train/loss"])
-        seconds.append((time.perf_counter() - begin) / LAP)
-    return seconds[LEFT_OUT:]
-
-
-def decoded(config: Config, manifest: Manifest) -> list[Batch]:
-    """The batches of an epoch, in memory."""
-    data = config.data
-    reader = ClipReader(manifest, Plan.of_config(manifest, config), data.num_frames)
-    tokenizer = CaptionTokenizer(load_tokenizer(config.run_dir / TOKENIZER), data.max_caption_tokens, data.train_eos)
-    collate = Collator(manifest.spec, tokenizer)
-    raws = BlockReader(reader).steps(0, reader.plan.steps_per_epoch)
-    # Copies: the reader uses its memory again.
-    return [Batch(*(t.clone() for t in batch.tensors()), batch.clip_ids) for batch in map(collate, raws)]
+    batches = decoded(config, manifest, config.run_dir / TOKENIZER)
+    return seconds_of_laps(step, batches, config.train.max_steps // LAP, LAP, torch.device("cpu"))[LEFT_OUT:]
 
 
 if __name__ == "__main__":
