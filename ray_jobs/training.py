@@ -73,7 +73,7 @@ def train_on(
     if main:
         announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
     if place.device.type == "cuda" or compile_kind(config, place.device) != "off":
-        memory = warm_up(run.take_step, latent_shape)
+        memory = warm_up(run.take_step, latent_shape, getattr(torch, manifest.spec.latent_dtype))
         start_up.passed("for a mock step")
         for sink in sinks:
             sink.note(memory)

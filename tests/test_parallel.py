@@ -21,7 +21,7 @@ from fvlm.errors import UserError
 from fvlm.model.hub import build_model
 from fvlm.train.loop import Run
 from fvlm.train.loop import train as train_on
-from fvlm.train.memory import LiveBytes, estimate, mock_batch
+from fvlm.train.memory import LiveBytes, Need, estimate, mock_batch
 from fvlm.train.optim import freeze_unreached, make_optimizer, parameters_of
 from fvlm.train.parallel import clip_gradients, shard_decoder
 from fvlm.train.saver import Saver, ShardGiver
@@ -199,6 +199,17 @@ def test_the_estimate_for_one_of_several_ranks_is_what_it_holds(ranks, strategy)
         assert need.weights == pytest.approx(weights, rel=0.01)  # and a few buffers
         assert need.optimizer == pytest.approx(moments, rel=0.01)
         assert peak <= need.peak <= 1.1 * peak
+
+
+def estimated_by_rank_0(config: Config) -> Need | None:
+    """The other rank does not take part, and would not notice a sum that it is asked for."""
+    return estimate(config, LATENT, 2) if dist.get_rank() == 0 else None
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_a_rank_estimates_alone_and_what_a_process_without_ranks_does(ranks, strategy):
+    config = small_demo(2, strategy)
+    assert ranks.all(2, estimated_by_rank_0, config) == [estimate(config, LATENT, 2), None]
 
 
 def save_as_a_run_does(folder: Path, strategy: str, stop: int, start: str | None = None) -> Tensors:

@@ -48,7 +48,10 @@ class GradientAverage:
         """From now on begin a bucket's sum as soon as the backward pass has made its gradients. For good.
 
         Where one program makes all gradients (`train.compile` "whole") they come at the end, and nothing overlaps.
+        With one rank nothing is attached.
         """
+        if world_size() == 1:
+            return self
         for index, bucket in enumerate(self._buckets):
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(partial(self._made, index))

@@ -121,9 +121,9 @@ def state_tensors(
 
 
 def random_generators() -> dict[str, torch.Tensor]:
-    """Copies of the generators' states."""
+    """Copies of the generators' states; a GPU's where this process computes on one."""
     tensors = {RNG_CPU: torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # to ask otherwise would start CUDA in a process that only writes a checkpoint
         tensors[RNG_CUDA] = torch.cuda.get_rng_state()
     return tensors
 
