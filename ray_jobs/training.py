@@ -19,6 +19,7 @@ from fvlm.data.plan import Plan
 from fvlm.data.schema import Manifest
 from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.model.hub import build_model
+from fvlm.ranks import world_size
 from fvlm.train.device import on_device
 from fvlm.train.evaluation import Evaluation
 from fvlm.train.hang import HangWatch, collect_stacks
@@ -28,11 +29,11 @@ from fvlm.train.loop import Hook, Run, train
 from fvlm.train.memory import out_of_memory, settle_memory, warm_up
 from fvlm.train.metrics import Clock, Metrics, Row
 from fvlm.train.optim import freeze_unreached, make_optimizer
-from fvlm.train.parallel import shard_decoder
 from fvlm.train.resume import Choice
 from fvlm.train.run_folder import TOKENIZER
 from fvlm.train.samples import Samples
 from fvlm.train.saver import Saver, ShardGiver
+from fvlm.train.sharded import build_sharded
 from fvlm.train.sinks import JsonLines, Sink, TrainLog
 from fvlm.train.step import compile_kind
 from fvlm.train.store import CheckpointStore
@@ -151,10 +152,12 @@ def make_run(config: Config, manifest: Manifest, device: torch.device, store: Ch
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.precision == "bf16"
     pretrained = choice.name is None  # otherwise the checkpoint has all weights
-    model = build_model(config.model, manifest.spec.latent_shape, config.train.seed, pretrained).to(device)
-    freeze_unreached(model, config)
-    if config.scale.strategy == "shard":
-        shard_decoder(model)
+    latent_shape = manifest.spec.latent_shape
+    if config.scale.strategy == "shard" and world_size() > 1:
+        model = build_sharded(config, latent_shape, device, pretrained)
+    else:
+        model = build_model(config.model, latent_shape, config.train.seed, pretrained).to(device)
+        freeze_unreached(model, config)
     optimizer = make_optimizer(model, config.optim)
     run = Run(config, Plan.of_config(manifest, config), model, optimizer, Metrics(config.train.ratio_window), Clock())
     if choice.name:
