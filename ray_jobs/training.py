@@ -65,9 +65,27 @@ def train_on(
     start_up: StartUp,
 ) -> None:
     """Build or restore the state, and train until the end or until all ranks are asked to stop."""
+    # From before the first tensors go from rank to rank: one that never comes to them would keep the others for ever.
+    with HangWatch(config, choice.step, place.rank, place.world) as watch:
+        train_watched(place, config, manifest, store, choice, feed, ledger, start_up, watch)
+
+
+def train_watched(
+    place: Place,
+    config: Config,
+    manifest: Manifest,
+    store: CheckpointStore,
+    choice: Choice,
+    feed: Feed,
+    ledger: Any,
+    start_up: StartUp,
+    watch: HangWatch,
+) -> None:
+    """`train_on`, with `watch` begun."""
     latent_shape = manifest.spec.latent_shape
     config = settle_memory(config, latent_shape, place.device)
     run = make_run(config, manifest, place.device, store, choice)
+    watch.extend()
     main = place.rank == 0
     sinks = make_sinks(config, run.step) if main else []
     clips = eval_clips(config, manifest)
@@ -75,6 +93,7 @@ def train_on(
         announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
     if place.device.type == "cuda" or compile_kind(config, place.device) != "off":
         memory = warm_up(run.take_step, latent_shape, getattr(torch, manifest.spec.latent_dtype))
+        watch.extend()
         start_up.passed("for a mock step")
         for sink in sinks:
             sink.note(memory)
@@ -84,8 +103,7 @@ def train_on(
     collate = Collator(manifest.spec, tokens)
     samples = Samples(config, run.step, place.rank, place.world)
     with contextlib.ExitStack() as cleanup:
-        saver = cleanup.enter_context(Saver(run, store, sinks[0].note)) if main else None
-        watch = cleanup.enter_context(HangWatch(config, run.step, place.rank, place.world))
+        saver = cleanup.enter_context(Saver(run, store, sinks[0].note, watch.extend)) if main else None
 
         def lap() -> Row:
             # The other ranks' rows are not written anywhere, and what they asked for the first would not hear of.
@@ -108,8 +126,8 @@ def train_on(
             raise out_of_memory(error, f"step {run.step + 1}", config, latent_shape) from error
         if run.step < config.train.max_steps:
             logger.flush()
-            with watch.long():
-                (saver or giver).save_now()
+            watch.extend()
+            (saver or giver).save_now()
         if main:
             with watch.long():  # W&B may have to send much
                 conclude(run, collate, sinks, int(lap()["ingest/corrupt"]))

@@ -20,14 +20,12 @@ from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.hub import build_model
 from fvlm.train.optim import freeze_unreached
 from fvlm.train.parallel import shard_decoder
-from fvlm.train.tensor_parts import part_like
+from fvlm.train.tensor_parts import is_shard, part_like
 
 _PARAMETER_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand}
 
 
-def build_sharded(
-    config: Config, latent_shape: tuple[int, int, int], device: torch.device, new: bool
-) -> FoveatedVLM:
+def build_sharded(config: Config, latent_shape: tuple[int, int, int], device: torch.device, new: bool) -> FoveatedVLM:
     """The model on `device`, its decoder's layers in shards, as `build_model` would fill it. All ranks call it.
 
     new: fill it, with pretrained weights or from the seed; otherwise parameters hold anything and a checkpoint follows
@@ -54,11 +52,12 @@ def build_sharded(
 def fill_from_rank_0(model: FoveatedVLM, whole: FoveatedVLM | None) -> None:
     """Copy the parameters of `whole`, which rank 0 has on its host, to every rank's `model`. All ranks call it.
 
-    Besides the model no device holds more than one whole tensor. Raises UserError on rank 0 when they do not fit.
+    Besides its model a device holds at most one whole tensor of a layer. Raises UserError on rank 0 when they do not
+    fit.
     """
     parameters = dict(model.named_parameters())
-    values = dict(whole.named_parameters()) if whole is not None else None
-    if values is not None:
+    values = dict(whole.named_parameters()) if whole else None
+    if values:
         differ = [n for n in parameters.keys() | values.keys() if _shape(parameters, n) != _shape(values, n)]
         if differ:
             raise UserError(
@@ -67,11 +66,19 @@ def fill_from_rank_0(model: FoveatedVLM, whole: FoveatedVLM | None) -> None:
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            if values is not None:
-                tensor.copy_(values.pop(name))
-            dist.broadcast(tensor, 0)
-            parameter.copy_(part_like(tensor, parameter))
+            _receive(parameter, values[name] if values else None)
+
+
+def _receive(parameter: torch.nn.Parameter, value: torch.Tensor | None) -> None:
+    """`value` is rank 0's; the others have None."""
+    whole = parameter.detach()
+    if is_shard(parameter):
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    if value is not None:
+        whole.copy_(value)
+    dist.broadcast(whole, 0)
+    if is_shard(parameter):
+        parameter.copy_(part_like(whole, parameter))
 
 
 def _shape(parameters: dict[str, torch.nn.Parameter], name: str) -> torch.Size | None:

@@ -30,6 +30,4 @@ def part_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     assert like.placements == (Shard(0),)  # what `shard_decoder` makes
     begin = min(mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
     part = tensor.narrow(0, begin, local.shape[0]).to(local.device, copy=True)
-    return DTensor.from_local(
-        part, mesh, like.placements, run_check=False, shape=tensor.shape, stride=like.stride()
-    )
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=tensor.shape, stride=like.stride())
