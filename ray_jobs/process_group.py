@@ -13,7 +13,7 @@ from ray.train.torch.config import _TorchBackend
 
 
 class ProcessGroup(TorchConfig):
-    """Ray's own, but for the interface that gloo listens at."""
+    """Ray's own, but for the interface at which gloo and NCCL listen."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -27,12 +27,30 @@ class _Backend(_TorchBackend):
 
 
 def listen_where_the_cluster_does() -> None:
-    """Let gloo listen at this node's address in the cluster, unless GLOO_SOCKET_IFNAME says where.
+    """Let gloo and NCCL listen at this node's address in the cluster; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME win.
 
-    Left to itself it takes the address of the host's name, which many systems (Debian, for one) map to a loopback
-    address: ranks on other nodes would then look for it on their own machine.
+    Left to itself gloo takes the address of the host's name, which many systems (Debian, for one) map to a loopback
+    address: ranks on other nodes would then look for it on their own machine. NCCL takes the first interface that is up
+    and neither a loopback nor Docker's, which on a node with several networks need not be the one that joins the nodes.
     """
-    address = ray.util.get_node_ip_address()
+    interface = interface_of(ray.util.get_node_ip_address())
+    if interface is None:
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # A loopback reaches no other node, and NCCL falls back to it by itself where there is nothing else.
+    if not is_loopback(interface):
+        # "=": this interface and no other. Without it NCCL takes the name for a prefix: eth1 is eth10, too.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface that has the IP address; None when none has."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family in (socket.AF_INET, socket.AF_INET6) and a.address == address for a in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            return name
+    return None
+
+
+def is_loopback(interface: str) -> bool:
+    stats = psutil.net_if_stats().get(interface)
+    return stats is not None and "loopback" in stats.flags.split(",")

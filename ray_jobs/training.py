@@ -21,6 +21,7 @@ from fvlm.data.plan import Plan
 from fvlm.data.schema import Manifest
 from fvlm.data.text import CaptionTokenizer, load_tokenizer
 from fvlm.model.hub import build_model
+from fvlm.ranks import world_size
 from fvlm.train.device import on_device
 from fvlm.train.evaluation import Evaluation
 from fvlm.train.flops import FlopMeter
@@ -32,11 +33,11 @@ from fvlm.train.memory import clips_of_a_rank, mock_step_seconds, out_of_memory,
 from fvlm.train.metrics import Clock, Metrics, Row
 from fvlm.train.numerics import configure_numerics
 from fvlm.train.optim import freeze_unreached, make_optimizer
-from fvlm.train.parallel import shard_decoder
 from fvlm.train.resume import Choice
 from fvlm.train.run_folder import TOKENIZER
 from fvlm.train.samples import Samples
 from fvlm.train.saver import Saver, ShardGiver
+from fvlm.train.sharded import build_sharded
 from fvlm.train.sinks import JsonLines, Sink, TrainLog
 from fvlm.train.spill import GpuMemory, SlowdownWatch, slow_mock_step
 from fvlm.train.step import Step, compile_kind
@@ -69,20 +70,40 @@ def train_on(
     start_up: StartUp,
 ) -> None:
     """Build or restore the state, and train until the end or until all ranks are asked to stop."""
+    # From before the first tensors go from rank to rank: one that never comes to them would keep the others for ever.
+    with HangWatch(config, choice.step, place.rank, place.world) as watch:
+        train_watched(place, config, manifest, store, choice, feed, ledger, start_up, watch)
+
+
+def train_watched(
+    place: Place,
+    config: Config,
+    manifest: Manifest,
+    store: CheckpointStore,
+    choice: Choice,
+    feed: Feed,
+    ledger: Any,
+    start_up: StartUp,
+    watch: HangWatch,
+) -> None:
+    """`train_on`, with `watch` begun."""
     latent_shape = manifest.spec.latent_shape
     config = settle_memory(config, latent_shape, place.device)
     main, on_gpu = place.rank == 0, place.device.type == "cuda"
     # Before the model is made: it seeds torch's generator too.
     meter = FlopMeter.of_config(config, latent_shape, place.device) if main and on_gpu else None
     run = make_run(config, manifest, place.device, store, choice)
+    watch.extend()
     sinks = make_sinks(config, run.step, place.device) if main else []
     clips = eval_clips(config, manifest)
     if main:
         announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
     if on_gpu or compile_kind(config, place.device) != "off":
-        notes = [warm_up(run.take_step, latent_shape)]
+        latent_dtype = getattr(torch, manifest.spec.latent_dtype)
+        notes = [warm_up(run.take_step, latent_shape, latent_dtype)]
         if on_gpu:
-            notes += look_at_speed(run.take_step, latent_shape, meter)
+            notes += look_at_speed(run.take_step, latent_shape, latent_dtype, meter)
+        watch.extend()
         start_up.passed("for a mock step")
         for sink, note in itertools.product(sinks, notes):
             sink.note(note)
@@ -92,8 +113,7 @@ def train_on(
     collate = Collator(manifest.spec, tokens)
     samples = Samples(config, run.step, place.rank, place.world)
     with contextlib.ExitStack() as cleanup:
-        saver = cleanup.enter_context(Saver(run, store, sinks[0].note)) if main else None
-        watch = cleanup.enter_context(HangWatch(config, run.step, place.rank, place.world))
+        saver = cleanup.enter_context(Saver(run, store, sinks[0].note, watch.extend)) if main else None
 
         def lap() -> Row:
             # The other ranks' rows are not written anywhere, and what they asked for the first would not hear of.
@@ -117,8 +137,8 @@ def train_on(
             raise out_of_memory(error, f"step {run.step + 1}", config, latent_shape) from error
         if run.step < config.train.max_steps:
             logger.flush()
-            with watch.long():
-                (saver or giver).save_now()
+            watch.extend()
+            (saver or giver).save_now()
         if main:
             with watch.long():  # W&B may have to send much
                 conclude(run, collate, sinks, int(lap()["ingest/corrupt"]))
@@ -160,10 +180,12 @@ def make_run(config: Config, manifest: Manifest, device: torch.device, store: Ch
     """The run as the chosen checkpoint left it, or at step 0."""
     configure_numerics(config, device)
     pretrained = choice.name is None  # otherwise the checkpoint has all weights
-    model = build_model(config.model, manifest.spec.latent_shape, config.train.seed, pretrained).to(device)
-    freeze_unreached(model, config)
-    if config.scale.strategy == "shard":
-        shard_decoder(model)
+    latent_shape = manifest.spec.latent_shape
+    if config.scale.strategy == "shard" and world_size() > 1:
+        model = build_sharded(config, latent_shape, device, pretrained)
+    else:
+        model = build_model(config.model, latent_shape, config.train.seed, pretrained).to(device)
+        freeze_unreached(model, config)
     optimizer = make_optimizer(model, config.optim)
     run = Run(config, Plan.of_config(manifest, config), model, optimizer, Metrics(config.train.ratio_window), Clock())
     if choice.name:
@@ -172,10 +194,12 @@ def make_run(config: Config, manifest: Manifest, device: torch.device, store: Ch
     return run
 
 
-def look_at_speed(step: Step, latent_shape: tuple[int, int, int], meter: FlopMeter | None) -> list[str]:
+def look_at_speed(
+    step: Step, latent_shape: tuple[int, int, int], latent_dtype: torch.dtype, meter: FlopMeter | None
+) -> list[str]:
     """What there is to say of the time that a mock step takes on a GPU. All ranks do it together; those with a meter
     say something."""
-    seconds = mock_step_seconds(step, latent_shape)
+    seconds = mock_step_seconds(step, latent_shape, latent_dtype)
     if meter is None:
         return []
     flops = clips_of_a_rank(step.config) * meter.by_length[step.config.data.max_caption_tokens]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from fvlm.config import Config, ScaleConfig
-from fvlm.train.hang import HEAD_BYTES, STACKS, HangWatch
+from fvlm.train.hang import HEAD_BYTES, LONG, STACKS, HangWatch
 
 HANG_S = 4.0
 
@@ -39,11 +41,75 @@ def be_slow(stacks: Path) -> None:
         time.sleep(0.01)
 
 
+def start_training(folder: Path, rank: int) -> None:
+    """With a model in shards, as rank 0 of two. The other never comes to where the weights go round."""
+    import torch
+    from datasets import write_dataset
+
+    from fvlm import presets
+    from fvlm.train.resume import Choice
+    from fvlm.train.store import LocalStore
+    from ray_jobs.training import Place, train_on
+
+    config = presets.get("demo", runs_dir=str(folder), run="run")
+    scale = ScaleConfig(workers=2, strategy="shard", device="cpu", hang_s=HANG_S)
+    config = dataclasses.replace(config, scale=scale)
+    if rank == 1:
+        (folder / "run" / STACKS).mkdir(parents=True, exist_ok=True)
+        while all(path.stat().st_size <= HEAD_BYTES for path in (folder / "run" / STACKS).iterdir()):
+            time.sleep(0.1)
+        time.sleep(2 * HANG_S)  # the other has ended by itself
+        raise SystemExit(7)
+    manifest = write_dataset(folder / "data", clips=26)
+    (folder / f"began-{rank}").touch()
+    nothing: Any = None  # what training itself would need
+    place = Place(0, 2, torch.device("cpu"))
+    train_on(place, config, manifest, LocalStore(folder), Choice(None, 0, 0, ()), nothing, nothing, nothing)
+
+
+def wait_for_a_checkpoint(folder: Path, how: str) -> None:
+    """The write takes longer than a hang may; it gets further all the time, or only at its beginning."""
+    from runs import advance, make_run
+
+    from fvlm.train.saver import Saver
+    from fvlm.train.state import Contents
+    from fvlm.train.store import LocalStore
+
+    class Store(LocalStore):
+        def write(self, contents: Contents) -> None:
+            files = contents.tensor_files()
+            until = time.monotonic() + (1.5 * LONG * HANG_S if how == "slow store" else 1000)
+            while time.monotonic() < until:
+                if how == "slow store" or time.monotonic() - began < HANG_S / 2:
+                    next(files["model.safetensors"].pieces())
+                time.sleep(0.1)
+            super().write(contents)
+
+    run = make_run(folder)
+    config = dataclasses.replace(run.config, scale=ScaleConfig(hang_s=HANG_S))
+    with HangWatch(config, 0, 0, 1) as watch, Saver(run, Store(folder / "c"), print, watch.extend) as saver:
+        advance(run)
+        watch.after_step(1, {})
+        began = time.monotonic()
+        (folder / "began-0").touch()
+        saver.save_now()
+    print("ended")
+
+
 def main() -> None:
     how, folder, rank, world = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    config = Config(runs_dir=str(folder), run="run", scale=ScaleConfig(hang_s=HANG_S))
     if world > 1:
         join(folder, rank, world)
+    if how == "start":
+        start_training(folder, rank)
+    elif how in ("slow store", "dead store"):
+        wait_for_a_checkpoint(folder, how)
+    else:
+        train(how, folder, rank, world)
+
+
+def train(how: str, folder: Path, rank: int, world: int) -> None:
+    config = Config(runs_dir=str(folder), run="run", scale=ScaleConfig(hang_s=HANG_S))
     with HangWatch(config, 16, rank, world) as watch:
         if how == "error":
             raise SystemExit(3)

@@ -110,17 +110,22 @@ def test_captions_of_all_lengths_compile_nothing_after_the_first_of_each(kind, m
     assert counters["stats"]["unique_graphs"] == compiled
 
 
-def test_after_a_warm_up_captions_of_no_length_compile_anything(monkeypatch):
+@pytest.mark.parametrize(
+    "kind, dtype, lengths", [("layers", torch.float16, (32, 40)), ("whole", torch.bfloat16, (32,))]
+)
+def test_after_a_warm_up_captions_of_no_length_compile_anything(kind, dtype, lengths, monkeypatch):
+    """`lengths`: those that the tokenizer pads to."""
     without_code_generation(monkeypatch)
     model, batch = make_model(), make_batch()
+    batch = dataclasses.replace(batch, latents=batch.latents.to(dtype))
     clips, t, side = batch.frames.shape[:3]
-    data = DataConfig(num_frames=t, frame_size=side, global_batch=clips, lanes=clips, max_caption_tokens=40)
-    config = dataclasses.replace(config_of("layers"), data=data)
+    data = DataConfig(num_frames=t, frame_size=side, global_batch=clips, lanes=clips, max_caption_tokens=max(lengths))
+    config = dataclasses.replace(config_of(kind), data=data)
     freeze_unreached(model, config)
     step = Step(config, model, make_optimizer(model, config.optim))
-    warm_up(step, tuple(batch.latents.shape[2:]))
+    warm_up(step, tuple(batch.latents.shape[2:]), dtype)
     compiled = counters["stats"]["unique_graphs"]
-    for number, length in enumerate((32, 32, 40, 40)):  # the two that the tokenizer pads to
+    for number, length in enumerate(length for length in lengths for _ in (True, False)):
         step(with_caption(batch, length, number), number)
     assert counters["stats"]["unique_graphs"] == compiled > 0
 

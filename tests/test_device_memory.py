@@ -14,6 +14,7 @@ from fvlm import presets
 from fvlm.config import Config
 from fvlm.errors import UserError
 from fvlm.model.hub import build_model
+from fvlm.train.gpu_memory import free_gpu_memory
 from fvlm.train.memory import (
     LiveBytes,
     estimate,
@@ -26,6 +27,7 @@ from fvlm.train.memory import (
     with_memory,
 )
 from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.state import random_generators, state_tensors
 from fvlm.train.step import Step
 
 LATENT = (4, 8, 8)
@@ -78,9 +80,53 @@ def test_a_mock_step_changes_no_bit_and_draws_no_random_number():
     before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
     drawn = torch.get_rng_state()
     assert "a mock step has passed" in warm_up(step, LATENT)
-    assert torch.equal(drawn, torch.get_rng_state()) and not step.optimizer.state
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert not any(moment.any() for state in step.optimizer.state.values() for moment in state.values())
     for name, p in step.model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None, name
+
+
+def trained(step: Step, broken: int | None) -> dict[str, torch.Tensor]:
+    """Weights, moments and counters after three steps, of which number `broken` has a latent that is not finite."""
+    config = step.config
+    for number in range(3):
+        batch = mock_batch(config, LATENT, 2, 512)
+        batch.latents[:] = number / 4 if number != broken else torch.inf
+        step(batch, number)
+    parameters, moments = state_tensors(step.model, step.optimizer)
+    return {name: tensor.clone() for name, tensor in (parameters | moments).items()}
+
+
+@pytest.mark.parametrize("broken", [None, 0])
+def test_steps_after_a_mock_step_are_bit_for_bit_those_without_one(broken):
+    config = small()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=2, lanes=2))
+    warm, cold = real_step(config), real_step(config)
+    warm_up(warm, LATENT)
+    got, wanted = trained(warm, broken), trained(cold, broken)
+    assert got.keys() == wanted.keys()
+    assert [name for name in got if not torch.equal(got[name], wanted[name])] == []
+
+
+def test_the_mock_step_has_the_moments_beside_it_and_a_resumed_run_keeps_its_own():
+    step = real_step(small())
+    real, seen = step.losses_of, []
+
+    def watched(*args: object) -> object:
+        seen.append({name: len(step.optimizer.state.get(p, ())) for name, p in step.model.named_parameters()})
+        return real(*args)
+
+    step.losses_of = watched
+    warm_up(step, LATENT)
+    wanted = {name: 3 if p.requires_grad else 0 for name, p in step.model.named_parameters()}
+    assert seen and all(had == wanted for had in seen)
+    trained(step, None)
+    before = {p: dict(moments) for p, moments in step.optimizer.state.items()}
+    copies = [moment.clone() for moments in before.values() for moment in moments.values()]
+    warm_up(step, LATENT)
+    after = [moment for moments in step.optimizer.state.values() for moment in moments.values()]
+    assert all(a is b for a, b in zip(after, (m for moments in before.values() for m in moments.values()), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after, copies, strict=True))
 
 
 def test_too_little_memory_shows_in_the_mock_step_with_what_was_asked_for_and_what_to_do():
@@ -123,25 +169,58 @@ def any_batch(tmp_path: Path, **scale: int) -> Config:
 
 def test_a_batch_of_0_is_the_most_in_whole_lanes_and_what_the_run_began_with_from_then_on(tmp_path, monkeypatch):
     config = any_batch(tmp_path, workers=2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
+    monkeypatch.setattr("fvlm.train.memory.free_gpu_memory", lambda: 10**9)
     monkeypatch.setattr("fvlm.train.memory.largest_batch", lambda config, latent, free: 11 if free == 9e8 else 0)
     settled = settle_batch(config, LATENT)
     assert settled.data.global_batch == 20  # 22 clips on two ranks, 4 lanes
     settled.run_dir.mkdir()
     began = {"config": settled.to_dict(), "dataset": "", "dataset_path": ""}
     (settled.run_dir / "config.json").write_text(json.dumps(began))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("fvlm.train.memory.free_gpu_memory", lambda: None)
     assert settle_batch(config, LATENT) == settled
 
 
 def test_a_batch_of_0_without_room_or_without_a_gpu_is_an_error_that_says_so(tmp_path, monkeypatch):
     config = any_batch(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("fvlm.train.memory.free_gpu_memory", lambda: None)
     with pytest.raises(UserError, match=r"--data.global-batch 0 .* this machine has none"):
         settle_batch(config, LATENT)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # AdamW asks; there is no driver
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7, 10**9))
+    monkeypatch.setattr("fvlm.train.memory.free_gpu_memory", lambda: 10**7)
     with pytest.raises(UserError, match=r"do not hold 4 clips a rank.*--train.memory small.*--data.lanes"):
         settle_batch(config, LATENT)
+
+
+def other_torch(folder: Path, monkeypatch: pytest.MonkeyPatch, cuda: str) -> None:
+    """Processes that are started from now on import, for torch, one whose `torch.cuda` is this class body."""
+    (folder / "torch.py").write_text(f"class cuda:\n    {cuda}\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_the_process_that_starts_a_run_leaves_cuda_to_another_when_it_asks_for_what_fits(tmp_path, monkeypatch):
+    class Untouched:
+        def __getattr__(self, name: str) -> None:
+            raise AssertionError(f"this process asked for torch.cuda.{name}")
+
+    other_torch(tmp_path, monkeypatch, "is_available = lambda: True; mem_get_info = lambda: (2 * 10**9, 3 * 10**9)")
+    seen: list[int] = []
+    monkeypatch.setattr("fvlm.train.memory.largest_batch", lambda config, latent, free: seen.append(free) or 12)
+    with monkeypatch.context() as untouched:
+        untouched.setattr(torch, "cuda", Untouched())
+        settled = settle_batch(any_batch(tmp_path), LATENT)
+    assert seen == [int(2e9 * 0.9)] and settled.data.global_batch == 12
+    assert not torch.cuda.is_initialized()
+
+
+def test_a_gpu_that_does_not_answer_is_an_error_and_none_is_none(tmp_path, monkeypatch):
+    other_torch(tmp_path, monkeypatch, "is_available = lambda: False")
+    assert free_gpu_memory() is None
+    other_torch(tmp_path, monkeypatch, "is_available = lambda: 1 / 0")
+    with pytest.raises(UserError, match=r"cannot be had: ZeroDivisionError.*--data.global-batch a number"):
+        free_gpu_memory()
+
+
+def test_a_checkpoint_that_is_only_written_here_does_not_start_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: pytest.fail("CUDA was started"))
+    assert list(random_generators()) == ["rng/torch"]

@@ -128,3 +128,9 @@ def add_late() -> str:
 def test_a_gradient_that_is_added_to_after_its_sum_began_is_an_error(ranks):
     for error in ranks.all(2, add_late):
         assert "a graph must reach it once" in error
+
+
+def test_one_rank_has_nothing_attached_to_its_gradients(tmp_path):
+    run = make_run(make_config(tmp_path))
+    assert run.take_step.average
+    assert [name for name, p in run.model.named_parameters() if p._post_accumulate_grad_hooks] == []

@@ -15,10 +15,11 @@ from hang_rank import HANG_S
 
 from fvlm.config import Config, ScaleConfig, validate
 from fvlm.errors import UserError
-from fvlm.train.hang import HEAD_BYTES, STACKS, HangWatch, collect_stacks
+from fvlm.train.hang import HEAD_BYTES, LONG, STACKS, HangWatch, collect_stacks
 
-PATIENCE_S = 120
-RANKS = {"collective": 2, "interpreter": 1, "slow": 1, "first": 1, "long": 1, "error": 1}
+PATIENCE_S = 240
+RANKS = {"collective": 2, "interpreter": 1, "slow": 1, "first": 1, "long": 1, "error": 1,
+         "start": 2, "slow store": 1, "dead store": 1}  # fmt: skip
 
 
 @dataclass
@@ -96,6 +97,28 @@ def test_a_process_that_holds_the_interpreter_for_ever_says_so_and_ends(ended):
 def test_a_slow_step_the_first_one_and_what_may_take_long_are_no_hang_and_leave_nothing(ended, how):
     assert ended[how].codes == [0] and "ended" in ended[how].output, ended[how].output
     assert ended[how].files == ended[how].stacks == []
+
+
+def test_a_rank_that_never_comes_to_the_start_is_seen_by_the_one_that_waits_for_it(ended):
+    start = ended["start"]
+    assert start.codes == [1, 7]
+    assert LONG * HANG_S < start.seconds < 2 * LONG * HANG_S + 2 * HANG_S  # until the other one ended, too
+    (text,) = start.stacks
+    assert "in make_run" in text and "broadcast" in text and f"no step for {LONG * HANG_S:g} s since step 0" in text
+
+
+def test_a_final_checkpoint_may_take_longer_than_a_hang_while_it_gets_further(ended):
+    slow = ended["slow store"]
+    assert slow.codes == [0] and "ended" in slow.output, slow.output
+    assert slow.files == slow.stacks == []
+    assert slow.seconds > LONG * HANG_S
+
+
+def test_a_store_that_takes_nothing_any_more_is_a_hang(ended):
+    dead = ended["dead store"]
+    assert dead.codes == [1] and LONG * HANG_S < dead.seconds < 2 * LONG * HANG_S
+    (text,) = dead.stacks
+    assert "in _wait_for" in text and "since step 1" in text
 
 
 def test_an_end_by_another_error_leaves_nothing(ended):

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 import torch.distributed as dist
 from gloo_ranks import Ranks, loss_of
+from reference import tiny_language
 from tiny_run import LATENT, batches, make_batch, make_config, make_run
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +23,7 @@ from fvlm.errors import UserError
 from fvlm.model.hub import build_model
 from fvlm.train.loop import Run
 from fvlm.train.loop import train as train_on
-from fvlm.train.memory import LiveBytes, estimate, mock_batch
+from fvlm.train.memory import LiveBytes, Need, estimate, mock_batch
 from fvlm.train.optim import freeze_unreached, make_optimizer, parameters_of
 from fvlm.train.parallel import clip_gradients, shard_decoder
 from fvlm.train.saver import Saver, ShardGiver
@@ -162,6 +164,49 @@ def test_ranks_that_hold_parts_train_as_those_that_hold_all(ranks, tmp_path, pre
     assert_same_run(mine, ranks.all(2, work, tmp_path)[0])
 
 
+def gathers_and_layers(folder: Path, memory: str) -> list[list[str]]:
+    """Of two steps of a model with three layers, in order: layers whose weights begin to be gathered ("gather 1"), that
+    run ("run 1"), and whose backward pass begins ("back 1").
+    """
+    tiny_run.tiny_language = functools.partial(tiny_language, 3)
+    try:
+        run = make(folder, "shard", memory=memory)
+    finally:
+        tiny_run.tiny_language = tiny_language
+    layers, seen, steps = list(run.model.llm.model.layers), [], []
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+    gather = getattr(dist, name)
+
+    def recorded(output: torch.Tensor, part: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        firsts = [local(layer.self_attn.q_proj.weight).flatten() for layer in layers]  # each layer's first weights
+        seen.extend(f"gather {i}" for i, w in enumerate(firsts) if torch.equal(w, part[: len(w)]))
+        return gather(output, part, *args, **kwargs)
+
+    for i, layer in enumerate(layers):
+        layer.input_layernorm.register_forward_pre_hook(lambda *_, i=i: seen.append(f"run {i}"))
+        layer.mlp.register_full_backward_pre_hook(lambda *_, i=i: seen.append(f"back {i}"))
+    setattr(dist, name, recorded)
+    try:
+        for number in range(2):
+            seen.clear()
+            run.take_step(make_batch(number + 1, *place()), number)
+            steps.append(list(seen))
+    finally:
+        setattr(dist, name, gather)
+    return steps
+
+
+@pytest.mark.parametrize("memory", ["speed", "small"])
+def test_a_layer_is_gathered_before_its_neighbour_runs_and_never_across_the_optimizers_step(ranks, tmp_path, memory):
+    """Three passes with gradients and one with none; the first layer to run has nobody to gather it ahead."""
+    forward = ["gather 0", "gather 1", "run 0", "gather 2", "run 1", "run 2"]
+    backward = ["gather 1", "back 2", "gather 0", "back 1", "gather 2", "back 0"]
+    for steps in ranks.all(2, gathers_and_layers, tmp_path, memory):
+        for seen in steps:
+            assert seen[:24] == 4 * forward
+            assert [event for event in seen[24:] if "run" not in event] == ["gather 2", *(3 * backward)]
+
+
 def small_demo(ranks: int, strategy: str) -> Config:
     demo = presets.get("demo")
     data = dataclasses.replace(demo.data, frame_size=56, num_frames=3, global_batch=2 * ranks)
@@ -199,6 +244,17 @@ def test_the_estimate_for_one_of_several_ranks_is_what_it_holds(ranks, strategy)
         assert need.weights == pytest.approx(weights, rel=0.01)  # and a few buffers
         assert need.optimizer == pytest.approx(moments, rel=0.01)
         assert peak <= need.peak <= 1.1 * peak
+
+
+def estimated_by_rank_0(config: Config) -> Need | None:
+    """The other rank does not take part, and would not notice a sum that it is asked for."""
+    return estimate(config, LATENT, 2) if dist.get_rank() == 0 else None
+
+
+@pytest.mark.parametrize("strategy", ["replicate", "shard"])
+def test_a_rank_estimates_alone_and_what_a_process_without_ranks_does(ranks, strategy):
+    config = small_demo(2, strategy)
+    assert ranks.all(2, estimated_by_rank_0, config) == [estimate(config, LATENT, 2), None]
 
 
 def save_as_a_run_does(folder: Path, strategy: str, stop: int, start: str | None = None) -> Tensors:

@@ -93,7 +93,7 @@ def test_steps_that_are_slow_for_another_reason_are_not(later, memory):
 def test_a_timed_mock_step_takes_time_and_changes_no_bit(tmp_path):
     run = make_run(make_config(tmp_path))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    assert mock_step_seconds(run.take_step, LATENT) > 0
+    assert mock_step_seconds(run.take_step, LATENT, torch.float16) > 0
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None, name
 
@@ -102,11 +102,11 @@ def test_a_start_says_it_of_the_rank_that_has_a_meter(tmp_path, monkeypatch):
     step = make_run(make_config(tmp_path)).take_step
     monkeypatch.setattr(GpuMemory, "now", lambda device: FULL)
     meter = FlopMeter({64: 1e12}, peak_tflops=1e-3)  # two clips need 40 000 s at 5 % of that
-    assert look_at_speed(step, LATENT, meter) == []
+    assert look_at_speed(step, LATENT, torch.float16, meter) == []
     meter = FlopMeter({64: 1e3}, peak_tflops=1e3)
-    (said,) = look_at_speed(step, LATENT, meter)
+    (said,) = look_at_speed(step, LATENT, torch.float16, meter)
     assert "a mock step took" in said and "nvidia-smi" in said
-    assert look_at_speed(step, LATENT, None) == []
+    assert look_at_speed(step, LATENT, torch.float16, None) == []
 
 
 def test_the_doctor_tells_of_the_driver_s_policy_under_wsl2_with_a_gpu_alone(tmp_path, monkeypatch):

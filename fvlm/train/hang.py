@@ -23,7 +23,7 @@ from fvlm.config import Config
 
 STACKS = "stacks"
 LONG = 3
-"""The first step of a start may take so many times as long: it waits for data, and for compilation. `long` too."""
+"""So many times as long may a part of a start take (weights, compilation, the first step with its data); `long` too."""
 LINGER, MOST_LINGER_S = 0.25, 10.0
 """Stacks are written so much before the process ends: its end makes others fail that may not have written theirs."""
 HEAD_BYTES = 256
@@ -79,10 +79,14 @@ class HangWatch:
 
     @contextlib.contextmanager
     def long(self) -> Iterator[None]:
-        """For what takes longer than a step: a checkpoint to slow storage, say."""
-        self._arm(LONG)
+        """For what takes longer than a step: an evaluation, say."""
+        self.extend()
         yield
         self._arm()
+
+    def extend(self) -> None:
+        """Start the long limit anew: a part of the start is over, or something that may take long has got further."""
+        self._arm(LONG)
 
     def _arm(self, times: float = 1) -> None:
         """From now on, `times` * `hang_s` seconds are left."""

@@ -21,9 +21,10 @@ from fvlm.data.text import padded_lengths
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.hub import build_model
-from fvlm.ranks import world_size
+from fvlm.ranks import as_one_rank, world_size
 from fvlm.train.device import synchronise
-from fvlm.train.optim import freeze_unreached, make_optimizer
+from fvlm.train.gpu_memory import free_gpu_memory
+from fvlm.train.optim import allocate_moments, freeze_unreached, make_optimizer
 from fvlm.train.parallel import BUCKET_ELEMENTS
 from fvlm.train.run_folder import CONFIG, read_began
 from fvlm.train.spill import usable
@@ -59,7 +60,8 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
 
     The step is run for real, but on tensors that have shapes and no contents (torch's fake tensors); what lives is
     counted. Attention counts as a fused kernel. Of several ranks each has a bucket of gradients twice, and with
-    `scale.strategy` "shard" less of the weights and moments; gradients count whole, see `shard_decoder`.
+    `scale.strategy` "shard" less of the weights and moments; gradients count whole, see `shard_decoder`. Does not
+    communicate, so any rank may ask at any time.
     """
     config = dataclasses.replace(
         config,
@@ -68,7 +70,8 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
     )
     with torch.device("meta"):
         model = build_model(config.model, latent_shape, seed=0)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # A rank alone: what several add is counted in `of_one_rank`, and real sums of fake tensors cannot be had.
+    with as_one_rank(), FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
         model.llm.tie_weights()  # which empty tensors are no longer
         freeze_unreached(model, config)
@@ -82,10 +85,7 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
         weights = live.now
         step = Step(config, model, optimizer)
         with live:
-            for p in trained:
-                p.grad = torch.zeros_like(p)
-            optimizer.step()  # makes its state
-            optimizer.zero_grad(set_to_none=True)
+            allocate_moments(optimizer)
             optimizer_state = live.now - weights
             live.peak = live.now
             step(batch, 0)
@@ -140,13 +140,18 @@ class LiveBytes(TorchDispatchMode):
 
 
 def mock_batch(
-    config: Config, latent_shape: tuple[int, int, int], clips: int, vocabulary: int, tokens: int | None = None
+    config: Config,
+    latent_shape: tuple[int, int, int],
+    clips: int,
+    vocabulary: int,
+    tokens: int | None = None,
+    latent_dtype: torch.dtype = torch.float16,
 ) -> Batch:
     """Grey frames, and captions of so many tokens: without a number, of the most that a run can meet."""
     data = config.data
     ids = torch.arange(clips * (tokens or data.max_caption_tokens)).view(clips, -1) % vocabulary
     frames = torch.full((clips, data.num_frames, data.frame_size, data.frame_size, 3), 127, dtype=torch.uint8)
-    latents = torch.zeros(clips, data.num_frames, *latent_shape, dtype=torch.float16)
+    latents = torch.zeros(clips, data.num_frames, *latent_shape, dtype=latent_dtype)
     return Batch(frames, latents, ids, ids.clone(), ("mock",) * clips)
 
 
@@ -175,47 +180,48 @@ def clips_of_a_rank(config: Config) -> int:
     return config.data.global_batch // config.scale.workers
 
 
-def mock_step(step: Step, latent_shape: tuple[int, int, int], tokens: int, readings: bool) -> None:
+def mock_step(
+    step: Step, latent_shape: tuple[int, int, int], tokens: int, readings: bool, latent_dtype: torch.dtype
+) -> None:
     """Forward and backward of a mock batch. Changes nothing. All ranks do it together."""
     config, model, device = step.config, step.model, step.model.q_static.device
     clips, vocabulary = clips_of_a_rank(config), model.llm.config.vocab_size
-    batch = mock_batch(config, latent_shape, clips, vocabulary, tokens).to(device)
+    batch = mock_batch(config, latent_shape, clips, vocabulary, tokens, latent_dtype).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         losses = step.losses_of(model, batch, config.objective, readings)
-    losses.loss.backward()
+    step.average.backward(losses.loss)
     model.zero_grad(set_to_none=True)
 
 
-def mock_step_seconds(step: Step, latent_shape: tuple[int, int, int]) -> float:
+def mock_step_seconds(step: Step, latent_shape: tuple[int, int, int], latent_dtype: torch.dtype) -> float:
     """Of one more mock step after `warm_up`, of the longest captions. All ranks do it together."""
     device, tokens = step.model.q_static.device, step.config.data.max_caption_tokens
     synchronise(device)
     begin = time.perf_counter()
-    mock_step(step, latent_shape, tokens, readings=False)
+    mock_step(step, latent_shape, tokens, readings=False, latent_dtype=latent_dtype)
     synchronise(device)
     return time.perf_counter() - begin
 
 
-def warm_up(step: Step, latent_shape: tuple[int, int, int]) -> str:
+def warm_up(step: Step, latent_shape: tuple[int, int, int], latent_dtype: torch.dtype = torch.float16) -> str:
     """Forward and backward of mock batches of every shape, with readings and without: what is to be compiled or
-    recorded is, and too little memory shows now. Changes nothing. All ranks do it together. Returns a line. Raises
-    UserError.
+    recorded is, and too little memory shows now. AdamW's moments are there from now on, as zeros; nothing else changes.
+    All ranks do it together. Returns a line. Raises UserError.
+
+    latent_dtype: the dataset's, for a program that was compiled for another is compiled anew
     """
     config, model, device = step.config, step.model, step.model.q_static.device
     try:
+        allocate_moments(step.optimizer)
         for tokens, readings in itertools.product(padded_lengths(config.data.max_caption_tokens), (True, False)):
-            mock_step(step, latent_shape, tokens, readings)
+            mock_step(step, latent_shape, tokens, readings, latent_dtype)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, "a mock step, before the first one", config, latent_shape) from error
     line = f"a mock step has passed (train.compile {compile_kind(config, device)}, train.memory {config.train.memory})"
     if device.type != "cuda":
         return line
     peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return (
-        f"{line}: {peak / GB:.1f} GB at its peak of {total / GB:.1f} GB; a new run's first step adds "
-        f"{moments / GB:.1f} GB of AdamW's moments"
-    )
+    return f"{line}: {peak / GB:.1f} GB at its peak of {total / GB:.1f} GB, AdamW's moments included"
 
 
 def out_of_memory(
@@ -253,18 +259,19 @@ def largest_batch(config: Config, latent_shape: tuple[int, int, int], free: int)
 def settle_batch(config: Config, latent_shape: tuple[int, int, int]) -> Config:
     """`data.global_batch` 0 -> what the run began with; for a new run the most, in whole lanes, that fits this GPU.
 
-    Raises UserError without a GPU here, and when it has no room for a clip of every lane.
+    Raises UserError without a GPU here, and when it has no room for a clip of every lane. Leaves CUDA alone in this
+    process: the one that starts a run has no use for it, and its context would take memory from the first rank.
     """
     data, ranks = config.data, config.scale.workers
     if data.global_batch:
         return config
     if (config.run_dir / CONFIG).exists():
         clips = int(read_began(config.run_dir)["config"]["data"]["global_batch"])
-    elif not torch.cuda.is_available():
+    elif (free := free_gpu_memory()) is None:
         raise UserError("--data.global-batch 0 asks for what fits the GPU, and this machine has none. Give a number.")
     else:
         settled = with_memory(config, "balanced") if config.train.memory == "auto" else config
-        free = usable(torch.cuda.mem_get_info()[0])
+        free = usable(free)
         clips = largest_batch(settled, latent_shape, free) * ranks // data.lanes * data.lanes
         if clips == 0:
             raise UserError(

@@ -48,6 +48,20 @@ def update(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
     optimizer.step()
 
 
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW's moments and counters now, zeros as its first step would make them. Nothing where they are there.
+
+    No bit of a later step changes. There must be no gradients; for a moment there are some of zeros.
+    """
+    parameters = parameters_of(optimizer)
+    if all(parameter in optimizer.state for parameter in parameters):
+        return
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    update(optimizer, torch.ones((), device=parameters[0].device))  # left out, so only the state is made
+    optimizer.zero_grad(set_to_none=True)
+
+
 def learning_rate(step: int, config: OptimConfig) -> float:
     """Of step number `step`, from 0: linear warm-up that ends at step `warmup_steps` - 1, then constant."""
     if config.warmup_steps == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, share_comm_ctx
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fvlm.model.blocks import Blocks, decoder_block
@@ -48,7 +49,10 @@ class GradientAverage:
         """From now on begin a bucket's sum as soon as the backward pass has made its gradients. For good.
 
         Where one program makes all gradients (`train.compile` "whole") they come at the end, and nothing overlaps.
+        With one rank nothing is attached.
         """
+        if world_size() == 1:
+            return self
         for index, bucket in enumerate(self._buckets):
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(partial(self._made, index))
@@ -106,12 +110,15 @@ def _cut(parameters: list[nn.Parameter], elements: int) -> list[list[nn.Paramete
     return buckets
 
 
-def shard_decoder(model: FoveatedVLM) -> None:
+def shard_decoder(model: FoveatedVLM, device: torch.device | None = None) -> None:
     """Give every rank its part of each layer of the language model, of its gradients and its moments (FSDP2).
 
     For a language model that is too large to be on every rank, `scale.strategy` "shard". A layer's weights are gathered
-    when it runs and dropped again. They are gathered in float32, so results are those of whole layers. Everything else
-    stays on every rank. With one rank nothing is done.
+    while the layer before it runs (in the backward pass, the one behind it), and dropped when it has run. They are
+    gathered in float32, so results are those of whole layers. Everything else stays on every rank. With one rank
+    nothing is done.
+
+    device: where the model will be, when it has no contents yet (`fvlm.train.sharded`); otherwise where it is
 
     A layer is reached by several passes, and autograd hands out its gradient when the backward pass has left the first
     of them. Till then its parts are kept whole on every rank, in bfloat16 under autocast; so are autocast's copies of
@@ -119,12 +126,29 @@ def shard_decoder(model: FoveatedVLM) -> None:
     """
     if world_size() == 1:
         return
-    layers = list(model.llm.model.layers)
-    mesh = init_device_mesh(model.q_static.device.type, (world_size(),))
+    decoder = model.llm.model
+    layers = list(decoder.layers)
+    elsewhere = set(model.parameters()) - {p for layer in layers for p in layer.parameters()}
+    mesh = init_device_mesh((device or model.q_static.device).type, (world_size(),))
     for layer in layers:
-        # Not "auto": nobody calls their parent, so each layer is a root to FSDP, and roots keep their weights.
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    share_comm_ctx(layers)  # so that one is gathered while another runs
+    # One root, so that all layers have the same streams and the same order. It has no parameters of its own.
+    root = fully_shard(decoder, mesh=mesh, ignored_params=elsewhere)
+    _gather_ahead(layers)
+    # Nobody calls the root itself, which is when FSDP would find its layers. The first of them sees to it instead.
+    layers[0].register_forward_pre_hook(lambda *_: root._get_fsdp_state()._lazy_init(), prepend=True)
+
+
+def _gather_ahead(layers: list[Any]) -> None:
+    """Let each layer begin to gather the next one's weights before it runs, and the one's before in a backward pass.
+
+    Not from the last layer to the first, though a further pass may follow: what is gathered and not used before the
+    optimizer's step would be used after it, with the old weights. In the backward pass FSDP itself drops what was not
+    used, and by itself goes from the first layer to the last one of the pass before.
+    """
+    for layer, following in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
 
 
 def compiled_in_parts(model: FoveatedVLM, compiled: Blocks) -> Blocks:

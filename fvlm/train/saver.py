@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from fvlm.train.loop import Run, is_save_step
 from fvlm.train.metrics import Row, Scalars
 from fvlm.train.snapshot import Snapshot, Snapshots, give_shards
 from fvlm.train.store import CheckpointStore, prune
+
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,20 @@ class Saver:
     as time that training was held. What a person should know goes to `note`, always from the training thread. Put it
     after the hook that reads the metrics, and use it in a `with` block: leaving that waits for the write in flight.
     What the writer ran into is raised by the next step, or there (UserError: a full disk).
+
+    alive: called again and again while training waits for a write that gets further (`HangWatch.extend`)
     """
 
-    def __init__(self, run: Run, store: CheckpointStore, note: Callable[[str], None]):
-        self._run, self._store, self._note = run, store, note
+    def __init__(
+        self,
+        run: Run,
+        store: CheckpointStore,
+        note: Callable[[str], None],
+        alive: Callable[[], None] = lambda: None,
+    ):
+        self._run, self._store, self._note, self._alive = run, store, note, alive
+        self._pieces = 0
+        """That were written and hashed so far; counted by the writer's thread alone."""
         self._snapshots = Snapshots(run.model, run.optimizer)
         self._writing: Future[Saved] | None = None
         self._newest = run.step
@@ -107,7 +120,7 @@ class Saver:
     def _write(self, snapshot: Snapshot, stall_s: float) -> Saved:
         """In the writer's thread."""
         begin = time.perf_counter()
-        contents = snapshot.contents()
+        contents = replace(snapshot.contents(), progress=self._count_piece)
         self._store.write(contents)
         saved = Saved(contents.name, contents.step, stall_s, time.perf_counter() - begin)
         train = self._run.config.train
@@ -119,6 +132,7 @@ class Saver:
         if self._writing is None or not (wait or self._writing.done()):
             return
         future, self._writing = self._writing, None
+        self._wait_for(future)
         saved = future.result()
         self._news = {
             "checkpoint/step": float(saved.step),
@@ -126,6 +140,19 @@ class Saver:
             "checkpoint/write_s": saved.write_s,
         }
         self._note(f"saved {saved.name} in {saved.write_s:.1f} s; training was held for {1e3 * saved.stall_s:.0f} ms")
+
+    def _count_piece(self) -> None:
+        self._pieces += 1
+
+    def _wait_for(self, future: Future[Saved]) -> None:
+        # The watch is neither armed as for a step nor off: a store that takes 20 GB at 30 MB/s is slow and no hang, and
+        # one that takes nothing any more, a dead disk, is a hang that nothing else would end.
+        seen = -1
+        while not future.done():
+            if seen != self._pieces:
+                seen = self._pieces
+                self._alive()
+            futures.wait([future], POLL_S)
 
 
 class ShardGiver:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +91,15 @@ class Contents:
     """Moments and generators by the names in the module's text, on the CPU."""
     state: str
     """JSON of what the run says of itself: an object with any keys but "format_version", "step" and "files"."""
+    progress: Callable[[], None] = lambda: None
+    """Called whenever a few MB more are written or hashed."""
 
     @property
     def name(self) -> str:
         return checkpoint_name(self.step)
 
     def tensor_files(self) -> dict[str, TensorFile]:
-        return {MODEL: TensorFile(self.model), OPTIMIZER: TensorFile(self.optimizer)}
+        return {MODEL: TensorFile(self.model, self.progress), OPTIMIZER: TensorFile(self.optimizer, self.progress)}
 
     def state_file(self, files: Mapping[str, TensorFile]) -> bytes:
         """state.json, which vouches for `files`."""
@@ -121,9 +123,9 @@ def state_tensors(
 
 
 def random_generators() -> dict[str, torch.Tensor]:
-    """Copies of the generators' states."""
+    """Copies of the generators' states; a GPU's where this process computes on one."""
     tensors = {RNG_CPU: torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # to ask otherwise would start CUDA in a process that only writes a checkpoint
         tensors[RNG_CUDA] = torch.cuda.get_rng_state()
     return tensors
 

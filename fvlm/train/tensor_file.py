@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -23,9 +23,13 @@ _DTYPES = {
 
 
 class TensorFile:
-    """The file that holds `tensors`, which lie on the CPU and stay as they are while it is used."""
+    """The file that holds `tensors`, which lie on the CPU and stay as they are while it is used.
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+    progress: called before each piece
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], progress: Callable[[], None] = lambda: None):
+        self._progress = progress
         # Wide types first, so that every tensor begins where its type may.
         names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         self._tensors = [tensors[name].detach() for name in names]
@@ -42,6 +46,11 @@ class TensorFile:
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """The file's bytes, in order; views of the tensors where these are large."""
+        for piece in self._pieces():
+            self._progress()
+            yield piece
+
+    def _pieces(self) -> Iterator[bytes | memoryview]:
         small = bytearray(self._header)
         for tensor in self._tensors:
             content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

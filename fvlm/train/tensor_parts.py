@@ -18,9 +18,16 @@ def gathered(tensor: Any) -> torch.Tensor:
 
 
 def part_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """This rank's part of `tensor`, which every rank has whole, where `like` is a shard; all of it otherwise."""
+    """Return this rank's part of `tensor` on the device of `like`, where that is a shard; all of `tensor` otherwise.
+
+    Of a tensor that is mapped from a file only the part is read, and only the part goes to the device.
+    """
     if not is_shard(like):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    mesh, local = like.device_mesh, like.to_local()
+    assert like.placements == (Shard(0),)  # what `shard_decoder` makes
+    begin = min(mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
+    part = tensor.narrow(0, begin, local.shape[0]).to(local.device, copy=True)
+    return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=tensor.shape, stride=like.stride())
