@@ -210,7 +210,7 @@ def warm_up(step: Step, latent_shape: tuple[int, int, int], latent_dtype: torch.
 
     latent_dtype: the dataset's, for a program that was compiled for another is compiled anew
     """
-    config, model, device = step.config, step.model, step.model.q_static.device
+    config, device = step.config, step.model.q_static.device
     try:
         allocate_moments(step.optimizer)
         for tokens, readings in itertools.product(padded_lengths(config.data.max_caption_tokens), (True, False)):

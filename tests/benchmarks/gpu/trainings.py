@@ -27,6 +27,7 @@ RANK = "RayTrainWorker"
 LINES_SHOWN = 30
 STARTED = re.compile(r" started in \d")
 SAVED = re.compile(r" saved step-")
+FINISHED = re.compile(r" finished \d+ steps in ")
 
 
 class Failed(Exception):
@@ -114,6 +115,7 @@ class Training:
         self._command = ["-m", "ray_jobs.train", *command, "--run", name, "--runs-dir", str(folder / "runs")]
         self.steps: list[tuple[float, int]] = []
         self.lines: list[tuple[float, str]] = []
+        self.exit_code: int | None = None
         self.killed_at: float | None = None
         self.killed_step = 0
         self._log_read = 0
@@ -134,7 +136,10 @@ class Training:
 
         with contextlib.closing(watched):
             watched.wait(deadline, tick)
-            watched.require_code()
+            # Some versions of the libraries abort a process that has done its work, at the interpreter's end.
+            self.exit_code = watched.process.returncode
+            if not (self.exit_code == -signal.SIGABRT and self.seen(FINISHED)):
+                watched.require_code()
         if kill_at is not None and self.killed_at is None:
             raise Failed(f"the run ended before it was killed at step {kill_at}\n{watched.tail()}")
 

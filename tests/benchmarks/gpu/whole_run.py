@@ -7,8 +7,8 @@
     feed           `--feed-test`: clips/s that the ingest could deliver with all cores
     deterministic  that option once more, undisturbed: equal bits, and what it costs
 
-Options after `--` go to every training (`-- --train.cuda-graphs`). Everything uses clusters of its own, which end with
-their commands, and one temporary folder, which is removed. FILE is written after every part. Exit code 1: a part failed
+Options after `--` go to every training (`-- --train.cuda-graphs off`). Everything uses clusters of its own, which end
+with their commands, and one temporary folder, which is removed (--folder: one that is kept, with its dataset). FILE is written after every part. Exit code 1: a part failed
 or was cut; the others were measured, and FILE has the end of its log under "failed".
 
     tests/benchmarks/gpu/whole_run.py --dry-run     all of it with a tiny model on the CPU
@@ -83,7 +83,9 @@ class WholeRun:
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder = args, folder
-        given = {key: getattr(args, key) for key in ("steps", "save_every") if getattr(args, key)}
+        given = {key: getattr(args, key) for key in ("steps", "save_every", "twin_steps") if getattr(args, key)}
+        if args.twin_steps:
+            given["twin_save_every"] = max(1, args.twin_steps // 4)
         self.sizes = dataclasses.replace(DRY if args.dry_run else Sizes(), **given)
         self.begin = time.monotonic()
         self.device = torch.device("cpu" if args.dry_run else "cuda")
@@ -105,6 +107,7 @@ class WholeRun:
         }
         self.config: Config = command_line(self.common)[0]
         self.deterministic = [DETERMINISTIC] if knows([*self.common, DETERMINISTIC]) else []
+        self.shares = SHARES | dict(args.share)
         self._twin: Training | None = None
 
     def figures(self, part: str) -> dict[str, Any]:
@@ -120,7 +123,7 @@ class WholeRun:
 
     def do(self, part: str, work: Callable[[float], None]) -> None:
         """One part: `work(deadline)`. What goes wrong in it is noted, and what it found until then is kept."""
-        share = LONGEST_S if self.args.dry_run else SHARES.get(part, 40)
+        share = LONGEST_S if self.args.dry_run else self.shares.get(part, 40)
         began = time.monotonic()
         left = self.begin + self.args.budget - began
         print(f"== {part} (at most {min(share, left):.0f} s)", flush=True)
@@ -161,12 +164,13 @@ class WholeRun:
                     start=run_figures.start(lines),
                     checkpoints=run_figures.saves(rows, lines),
                     saving=run_figures.saving_laps(training.steps, sizes.save_every, sizes.log_every),
+                    exit_code=training.exit_code,
                 )
             shutil.rmtree(training.run_dir, ignore_errors=True)
 
     def kill(self, deadline: float) -> None:
         twin, found = self.twin(deadline), self.figures("kill")
-        killed = self.training("killed", self.sizes.twin_steps, self.sizes.twin_save_every, self.deterministic)
+        killed = self.twin_training("killed")
         try:
             killed.run(deadline, kill_at=self.sizes.twin_steps // 2)
         finally:
@@ -178,13 +182,15 @@ class WholeRun:
                     seconds_to_next_step=back[0][0] - killed.killed_at if back else None,
                     restart=run_figures.start(line for _, line in back),
                 )
-        found.update({"with": self.deterministic, "undisturbed_ms_step": self.speed(twin)["ms_step"]})
+        found.update(
+            {"with": [*self.deterministic, *self.args.twin_options], "undisturbed_ms_step": self.speed(twin)["ms_step"]}
+        )
         found.update(run_figures.difference(twin.run_dir, killed.run_dir, self.sizes.twin_steps))
         shutil.rmtree(killed.run_dir, ignore_errors=True)
 
     def twice(self, deadline: float) -> None:
         twin, found = self.twin(deadline), self.figures("deterministic")
-        again = self.training("again", self.sizes.twin_steps, self.sizes.twin_save_every, self.deterministic)
+        again = self.twin_training("again")
         again.run(deadline)
         both = [self.speed(training)["ms_step"] for training in (twin, again)]
         plain = self.found["parts"].get("run", {}).get("ms_step")
@@ -219,10 +225,15 @@ class WholeRun:
         length = ["--train.max-steps", str(steps), "--train.save-every", str(save_every), "--train.keep-last", "1"]
         return Training(self.folder, name, [*self.common, *length, *(more or [])])
 
+    def twin_training(self, name: str) -> Training:
+        """One of the runs that are compared with each other."""
+        more = [*self.deterministic, *self.args.twin_options]
+        return self.training(name, self.sizes.twin_steps, self.sizes.twin_save_every, more)
+
     def twin(self, deadline: float) -> Training:
         """The undisturbed run that others are compared with."""
         if self._twin is None:
-            twin = self.training("twin", self.sizes.twin_steps, self.sizes.twin_save_every, self.deterministic)
+            twin = self.twin_training("twin")
             twin.run(deadline)
             self._twin = twin
         return self._twin
@@ -244,6 +255,9 @@ def main() -> int:
         print("error: torch sees no CUDA GPU here. Try --dry-run.", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        return measure(args, args.folder.resolve())
     folder = Path(tempfile.mkdtemp(prefix="whole-"))  # short: Ray's sockets lie below it
     try:
         return measure(args, folder)
@@ -255,10 +269,9 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     whole = WholeRun(args, folder)
     whole.do("data", whole.data)
     parts = {"bare": whole.bare, "run": whole.run, "kill": whole.kill, "feed": whole.feed, "deterministic": whole.twice}
-    for part, work in parts.items():
-        if part not in args.parts:
-            whole.found["left_out"][part] = "not among --parts"
-        elif part == "deterministic" and not whole.deterministic:
+    whole.found["left_out"].update({part: "not among --parts" for part in parts if part not in args.parts})
+    for part, work in ((part, parts[part]) for part in args.parts):
+        if part == "deterministic" and not whole.deterministic:
             whole.found["left_out"][part] = f"the command has no option {DETERMINISTIC}"
         else:
             whole.do(part, work)
@@ -277,18 +290,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--preset", default="joint_multifine")
-    parser.add_argument("--parts", default=",".join(SHARES), help="default %(default)s")
+    parser.add_argument("--parts", default=",".join(SHARES), help="in this order; default %(default)s")
+    parser.add_argument(
+        "--share", type=share, action="append", default=[], metavar="PART=SECONDS", help="most of a part"
+    )
+    parser.add_argument("--folder", type=Path, help="where everything lies, and what is there of it is used again")
     parser.add_argument("--budget", type=float, help="seconds for everything; default 290, of a dry run 1800")
     parser.add_argument("--steps", type=int, help=f"of run; default {Sizes.steps}")
     parser.add_argument("--save-every", type=int, help=f"steps of run; default {Sizes.save_every}")
+    parser.add_argument("--twin-steps", type=int, help=f"of the runs that are compared; default {Sizes.twin_steps}")
+    parser.add_argument("--twin-options", default="", help="of these runs alone, in one word: --twin-options='--a b'")
     parser.add_argument("--compile-cache", type=Path, help="folder with compiled programs; default: a fresh one")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
     args = parser.parse_args(arguments)
-    args.parts, args.options = args.parts.split(","), options
+    args.parts, args.options, args.twin_options = args.parts.split(","), options, args.twin_options.split()
     args.budget = args.budget or (1800.0 if args.dry_run else 290.0)
     if unknown := set(args.parts) - SHARES.keys():
         parser.error(f"--parts: no part {', '.join(sorted(unknown))}; there are {', '.join(SHARES)}")
     return args
+
+
+def share(text: str) -> tuple[str, float]:
+    """run=120 -> ("run", 120.0)"""
+    part, _, seconds = text.partition("=")
+    if part not in SHARES:
+        raise argparse.ArgumentTypeError(f"no part {part!r}; there are {', '.join(SHARES)}")
+    return part, float(seconds)
 
 
 if __name__ == "__main__":
