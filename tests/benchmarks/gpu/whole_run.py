@@ -8,8 +8,9 @@
     deterministic  that option once more, undisturbed: equal bits, and what it costs
 
 Options after `--` go to every training (`-- --train.cuda-graphs off`). Everything uses clusters of its own, which end
-with their commands, and one temporary folder, which is removed (--folder: one that is kept, with its dataset). FILE is written after every part. Exit code 1: a part failed
-or was cut; the others were measured, and FILE has the end of its log under "failed".
+with their commands, and one temporary folder, which is removed (--folder: one that is kept, with its dataset). FILE is
+written after every part. Exit code 1: a part failed or was cut; the others were measured, and FILE has the end of its
+log under "failed".
 
     tests/benchmarks/gpu/whole_run.py --dry-run     all of it with a tiny model on the CPU
 """
