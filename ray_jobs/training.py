@@ -23,6 +23,7 @@ from fvlm.train.device import on_device
 from fvlm.train.evaluation import Evaluation
 from fvlm.train.hang import HangWatch, collect_stacks
 from fvlm.train.held_out import EvalClips, eval_clips
+from fvlm.train.log_writer import LogWriter
 from fvlm.train.logger import Logger
 from fvlm.train.loop import Hook, Run, train
 from fvlm.train.memory import out_of_memory, settle_memory, warm_up
@@ -67,60 +68,60 @@ def train_on(
     latent_shape = manifest.spec.latent_shape
     config = settle_memory(config, latent_shape, place.device)
     run = make_run(config, manifest, place.device, store, choice)
-    main = place.rank == 0
-    sinks = make_sinks(config, run.step) if main else []
     clips = eval_clips(config, manifest)
-    if main:
-        announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
-    if place.device.type == "cuda" or compile_kind(config, place.device) != "off":
-        memory = warm_up(run.take_step, latent_shape)
-        start_up.passed("for a mock step")
-        for sink in sinks:
-            sink.note(memory)
-    tokens = CaptionTokenizer(
-        load_tokenizer(config.run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos
-    )
-    collate = Collator(manifest.spec, tokens)
-    samples = Samples(config, run.step, place.rank, place.world)
     with contextlib.ExitStack() as cleanup:
-        saver = cleanup.enter_context(Saver(run, store, sinks[0].note)) if main else None
+        writer = cleanup.enter_context(LogWriter(make_sinks(config, run.step))) if place.rank == 0 else None
+        sinks: list[Sink] = [writer] if writer else []
+        if writer:
+            announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
+        if place.device.type == "cuda" or compile_kind(config, place.device) != "off":
+            memory = warm_up(run.take_step, latent_shape)
+            start_up.passed("for a mock step")
+            for sink in sinks:
+                sink.note(memory)
+        tokens = CaptionTokenizer(
+            load_tokenizer(config.run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos
+        )
+        samples = Samples(config, run.step, place.rank, place.world)
+        saver = cleanup.enter_context(Saver(run, store, writer.note)) if writer else None
         watch = cleanup.enter_context(HangWatch(config, run.step, place.rank, place.world))
 
         def lap() -> Row:
-            # The other ranks' rows are not written anywhere, and what they asked for the first would not hear of.
-            return feed.lap() | (tell_damage(ledger, sinks) | saver.lap() if saver else {})
+            """In the writer's thread. The first rank's alone: the others' are not written anywhere."""
+            return feed.lap() | tell_damage(ledger, sinks) | (saver.lap() if saver else {})
 
-        logger = Logger(run, sinks, samples, lap)
-        giver = ShardGiver(run)
+        logger = cleanup.enter_context(Logger(run, sinks, samples, lap, writer))
         hooks: list[Hook] = [logger, watch]
         if clips:
             decode = functools.partial(decoded, clips, place.rank, place.world)
-            hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long))
-        hooks.append(saver or giver)
-        if saver:
-            hooks.append(start_up.tell(sinks[0].note))
+            hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long, logger.read_gathered))
+        last = saver or ShardGiver(run)
+        hooks.append(last)
+        if writer:
+            hooks.append(start_up.tell(writer.note))
         start_up.passed("for model and weights")
-        batches = samples.of(on_device(map(collate, feed), place.device))
+        batches = cleanup.enter_context(contextlib.closing(feed.batches(Collator(manifest.spec, tokens), place.device)))
         try:
-            train(run, batches, hooks, StopAgreement(ledger, place.world))
+            train(run, samples.of(on_device(batches, place.device)), hooks, StopAgreement(ledger, place.world))
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, f"step {run.step + 1}", config, latent_shape) from error
         if run.step < config.train.max_steps:
             logger.flush()
             with watch.long():
-                (saver or giver).save_now()
-        if main:
+                last.save_now()
+        if writer:
             with watch.long():  # W&B may have to send much
-                conclude(run, collate, sinks, int(lap()["ingest/corrupt"]))
+                writer.flush()  # `lap` is not for two threads at once
+                conclude(run, feed, sinks, int(lap()["ingest/corrupt"]))
 
 
-def conclude(run: Run, collate: Collator, sinks: list[Sink], damaged: int) -> None:
+def conclude(run: Run, feed: Feed, sinks: list[Sink], damaged: int) -> None:
     """The last lines of a start."""
     config = run.config
     end = "finished" if run.step == config.train.max_steps else "stopped after"
     for sink in sinks:
         sink.note(f"{end} {run.step} steps in {run.clock.trained_s:.0f} s of training; "
-                  f"rank 0 cut {collate.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip
+                  f"rank 0 cut {feed.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip
         for line in known_damage(config, damaged):
             sink.note(line)
     for sink in reversed(sinks):  # the log last: others still have something to tell
