@@ -275,6 +275,24 @@ def test_a_log_that_cannot_be_written_ends_the_run_and_no_checkpoint_appears_wit
     assert len(speechless(tmp_path / "run" / METRICS)) <= 5
 
 
+def test_a_checkpoint_that_was_taken_before_its_lines_failed_does_not_appear(tmp_path):
+    sink = Recorder()
+
+    class Fail:
+        def after_step(self, step: int, scalars: object) -> None:
+            if step == 3:
+                time.sleep(0.1)  # until the lines so far are written
+                sink.open.clear()
+            if step == 5:
+                sink.failing = True
+                sink.open.set()
+
+    with pytest.raises(UserError, match="no space left"):
+        go_on(tmp_path, 0, sinks=(sink,), hooks=(Fail(),), log_every=1, save_every=4, max_steps=50)
+    assert [3] in sink.given and [4] not in sink.given
+    assert not (tmp_path / "checkpoints").exists()
+
+
 # ---- on several ranks
 
 

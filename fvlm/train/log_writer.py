@@ -78,7 +78,8 @@ class LogWriter:
         """Let the thread do `work` after all that was submitted before. -> done, or the error that kept it from it."""
         done: Future[None] = Future()
         if threading.current_thread() is self._thread:
-            self._do(work, done)  # what an entry has to tell belongs to that entry
+            work()  # what an entry has to tell belongs to that entry, which fails with it
+            done.set_result(None)
         else:
             self._queue.put((work, done))
         return done
