@@ -50,7 +50,7 @@ class Delivery:
 
 
 class Feed(Iterator[RawBatch]):
-    """Hands `raw` on, as it is or collated (`batches`); `lap()` says how the ingest did since the last one.
+    """Hands `raw` on, as it is or collated (`batches`); `lap` says how the ingest did since the last one.
 
     corrupt: called with the damaged clips that others stand in for, before a batch that has some is handed on
     captions_cut: captions that were too long, in the batches that `batches` has handed on
@@ -67,7 +67,6 @@ class Feed(Iterator[RawBatch]):
         self.captions_cut = 0
         self.replaced = 0
         self.events: Counter[str] = Counter()
-        self._lock = threading.Lock()  # `lap` may be called in another thread
         self._begin()
 
     def _begin(self) -> None:
@@ -112,43 +111,46 @@ class Feed(Iterator[RawBatch]):
             del batch
 
     def _count(self, delivery: Delivery) -> None:
-        with self._lock:
-            self._clips += delivery.clips
-            self._decode_s += delivery.decode_s
-            self._read_s += delivery.read_s
-            self.events.update(delivery.events)
-            self.replaced += len(delivery.replaced)
+        self._clips += delivery.clips
+        self._decode_s += delivery.decode_s
+        self._read_s += delivery.read_s
+        self.events.update(delivery.events)
+        self.replaced += len(delivery.replaced)
         if delivery.replaced:
             self._corrupt(delivery.replaced)
 
     def lap(self) -> Row:
+        """`waiting` and `counts`."""
+        return self.waiting() | self.counts()  # waiting first: it takes milliseconds, which are not to be lost
+
+    def counts(self) -> Row:
         """Of this rank, since the last call:
 
         ingest/clips_per_s      clips taken
         ingest/decode_ms        CPU milliseconds of decoding a clip
         ingest/read_ms          milliseconds of reading a clip: from the disk, the cache or the network
-        ingest/blocks           decoded blocks that wait in the object store now
-        ingest/store_mb         their size
         ingest/replaced         clips that others stood in for, since the start of this process
         ingest/EVENT            times that it happened in the ingest's process, since the start of this one; for each
                                 `fvlm.data.counts.Event` that did: retries, cache_hits, ...
         """
-        blocks = blocks_waiting(self._rank)  # first: it takes milliseconds, which are not to be lost
-        with self._lock:
-            return self._row(blocks)
-
-    def _row(self, blocks: int) -> Row:
         passed, clips = time.perf_counter() - self._since, max(self._clips, 1)
         row = {
             "ingest/clips_per_s": self._clips / passed,
             "ingest/decode_ms": 1000 * self._decode_s / clips,
             "ingest/read_ms": 1000 * self._read_s / clips,
-            "ingest/blocks": float(blocks),
-            "ingest/store_mb": blocks * self._share.memory.block_bytes / MB,
             "ingest/replaced": float(self.replaced),
         } | {f"ingest/{event}": float(times) for event, times in self.events.items()}
         self._begin()
         return row
+
+    def waiting(self) -> Row:
+        """Of this rank; asks the cluster, so it takes milliseconds. From any thread:
+
+        ingest/blocks           decoded blocks that wait in the object store now
+        ingest/store_mb         their size
+        """
+        blocks = blocks_waiting(self._rank)
+        return {"ingest/blocks": float(blocks), "ingest/store_mb": blocks * self._share.memory.block_bytes / MB}
 
 
 def blocks_waiting(rank: int) -> int:

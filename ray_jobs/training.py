@@ -86,19 +86,20 @@ def train_on(
         saver = cleanup.enter_context(Saver(run, store, writer.note)) if writer else None
         watch = cleanup.enter_context(HangWatch(config, run.step, place.rank, place.world))
 
-        def lap() -> Row:
-            """In the writer's thread. The first rank's alone: the others' are not written anywhere."""
-            return feed.lap() | tell_damage(ledger, sinks) | (saver.lap() if saver else {})
+        def counts() -> Row:
+            return feed.counts() | (saver.lap() if saver else {})
 
-        logger = cleanup.enter_context(Logger(run, sinks, samples, lap, writer))
+        def remote() -> Row:
+            """In the writer's thread."""
+            return feed.waiting() | tell_damage(ledger, sinks)
+
+        logger = cleanup.enter_context(Logger(run, sinks, samples, counts, remote, writer))
         hooks: list[Hook] = [logger, watch]
         if clips:
             decode = functools.partial(decoded, clips, place.rank, place.world)
             hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long, logger.read_gathered))
         last = saver or ShardGiver(run)
-        hooks.append(last)
-        if writer:
-            hooks.append(start_up.tell(writer.note))
+        hooks += [last, start_up.tell(writer.note)] if writer else [last]
         start_up.passed("for model and weights")
         batches = cleanup.enter_context(contextlib.closing(feed.batches(Collator(manifest.spec, tokens), place.device)))
         try:
@@ -111,8 +112,7 @@ def train_on(
                 last.save_now()
         if writer:
             with watch.long():  # W&B may have to send much
-                writer.flush()  # `lap` is not for two threads at once
-                conclude(run, feed, sinks, int(lap()["ingest/corrupt"]))
+                conclude(run, feed, sinks, int(tell_damage(ledger, sinks)["ingest/corrupt"]))
 
 
 def conclude(run: Run, feed: Feed, sinks: list[Sink], damaged: int) -> None:

@@ -175,7 +175,7 @@ def go_on(
     with (
         LogWriter(all_sinks) as writer,
         Saver(run, store, writer.note) as saver,
-        Logger(run, [writer], samples, dict, writer, read_after) as logger,
+        Logger(run, [writer], samples, dict, dict, writer, read_after) as logger,
     ):
         train(run, samples.of(made()), [logger, *hooks, saver])
         writer.close()
@@ -308,7 +308,10 @@ def of_one_rank(folder: Path, samples: bool) -> str:
     config = make_config(folder, samples=samples, log_every=2, max_skipped=3)
     run, of_rank = make_run(config), Samples(config, 0, rank, world)
     sinks = [JsonLines(config.run_dir, 0)] if rank == 0 else []
-    with LogWriter(sinks) as writer, Logger(run, [writer] if rank == 0 else [], of_rank, dict, writer, 2) as logger:
+    with (
+        LogWriter(sinks) as writer,
+        Logger(run, [writer] if rank == 0 else [], of_rank, dict, dict, writer, 2) as logger,
+    ):
         try:
             train(run, of_rank.of(batches(1, (2, 5, 6, 7), rank, world)), [logger])
         except UserError as error:
@@ -389,7 +392,7 @@ def test_the_host_waits_for_no_gpu_where_metrics_are_logged_or_a_checkpoint_is_t
     with (
         LogWriter([sink, JsonLines(config.run_dir, 0)]) as writer,
         Saver(run, LocalStore(tmp_path / "c"), writer.note) as saver,
-        Logger(run, [writer], samples, dict, writer) as logger,
+        Logger(run, [writer], samples, dict, dict, writer) as logger,
     ):
 
         class Strict:

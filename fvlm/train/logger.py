@@ -27,9 +27,10 @@ class Logger:
     """Gathers every step's scalars; every `log_every` steps reads them and hands them to the sinks.
 
     Every rank runs one (the scalars are the same on all, and so are the averages in their checkpoints); only rank 0
-    has sinks. `samples` knows this rank's clips; `feed` says how the ingest did since it was last asked. With a
-    `writer`, sinks and `feed` are called in its thread, after everything it was given before; without, at once. Use it
-    in a `with` block inside that of the `Saver`: a checkpoint in flight waits for the lines of its steps.
+    has sinks. `samples` knows this rank's clips; `feed` says how the ingest did since it was last asked, `remote`
+    what has to be asked for over the network. With a `writer`, sinks and `remote` are called in its thread, after
+    everything it was given before; without, at once. Use it in a `with` block inside that of the `Saver`: a checkpoint
+    in flight waits for the lines of its steps.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class Logger:
         sinks: list[Sink],
         samples: Samples,
         feed: Callable[[], Row] = dict,
+        remote: Callable[[], Row] = dict,
         writer: LogWriter | None = None,
         read_after: int | None = None,
     ):
-        self.run, self.sinks, self.samples, self.feed, self._writer = run, sinks, samples, feed, writer
+        self.run, self.sinks, self.samples, self.feed = run, sinks, samples, feed
+        self._remote, self._writer = remote, writer
         self.skipped = SkippedSteps(run.config, run.step, is_writer=samples.rank == 0)
         on_gpu = run.model.q_static.is_cuda
         self._read_after = (READ_AFTER if on_gpu else 0) if read_after is None else read_after
@@ -120,7 +123,7 @@ class Logger:
         """In the writer's thread, if there is one."""
         if not self.sinks:
             return
-        rows[-1] |= self.feed()
+        rows[-1] |= self._remote()
         latest = latest | rows[-1]
         for sink in self.sinks:
             for note in notes:
@@ -142,7 +145,7 @@ class Logger:
             "train/clips_per_s": self.run.config.data.global_batch / step_time if step_time else 0.0,
             "train/vram_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0,
             "train/trained_s": self.run.clock.trained_s,
-        }
+        } | self.feed()
 
     def __enter__(self) -> Self:
         return self

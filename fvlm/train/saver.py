@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +56,7 @@ class Saver:
         self._device = next(run.model.parameters()).device
         self._writing: Writing | None = None
         self._newest = run.step
-        self._news: collections.deque[Row] = collections.deque(maxlen=1)  # another thread may take them
+        self._news: Row = {}
 
     def after_step(self, step: int, scalars: Scalars) -> None:
         self._collect(wait=False)
@@ -93,10 +92,8 @@ class Saver:
         checkpoint/hold_ms   of these, how long a GPU's computation was
         checkpoint/write_s   from then until it was safe
         """
-        try:
-            return self._news.popleft()
-        except IndexError:
-            return {}
+        news, self._news = self._news, {}
+        return news
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +146,7 @@ class Saver:
         stall_ms = 1e3 * writing.stall_s + hold_ms
         news: Row = {"checkpoint/step": float(saved.step), "checkpoint/stall_ms": stall_ms}
         news |= {"checkpoint/hold_ms": hold_ms} if self._device.type == "cuda" else {}
-        self._news.append(news | {"checkpoint/write_s": saved.write_s})
+        self._news = news | {"checkpoint/write_s": saved.write_s}
         self._note(f"saved {saved.name} in {saved.write_s:.1f} s; training was held for {stall_ms:.0f} ms")
 
 
