@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import ray
 import torch
 
 import fvlm
+from fvlm.batch import Batch
 from fvlm.checks.machine import Machine
 from fvlm.config import Config
 from fvlm.data.collate import Collator
@@ -27,6 +29,7 @@ from fvlm.train.evaluation import Evaluation
 from fvlm.train.flops import FlopMeter
 from fvlm.train.hang import HangWatch, collect_stacks
 from fvlm.train.held_out import EvalClips, eval_clips
+from fvlm.train.log_writer import LogWriter
 from fvlm.train.logger import Logger
 from fvlm.train.loop import Hook, Run, train
 from fvlm.train.memory import clips_of_a_rank, mock_step_seconds, out_of_memory, settle_memory, warm_up
@@ -94,63 +97,72 @@ def train_watched(
     meter = FlopMeter.of_config(config, latent_shape, place.device) if main and on_gpu else None
     run = make_run(config, manifest, place.device, store, choice)
     watch.extend()
-    sinks = make_sinks(config, run.step, place.device) if main else []
     clips = eval_clips(config, manifest)
-    if main:
-        announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
-    if on_gpu or compile_kind(config, place.device) != "off":
-        latent_dtype = getattr(torch, manifest.spec.latent_dtype)
-        notes = [warm_up(run.take_step, latent_shape, latent_dtype)]
-        if on_gpu:
-            notes += look_at_speed(run.take_step, latent_shape, latent_dtype, meter)
-        watch.extend()
-        start_up.passed("for a mock step")
-        for sink, note in itertools.product(sinks, notes):
-            sink.note(note)
-    tokens = CaptionTokenizer(
-        load_tokenizer(config.run_dir / TOKENIZER), config.data.max_caption_tokens, config.data.train_eos
-    )
-    collate = Collator(manifest.spec, tokens)
-    samples = Samples(config, run.step, place.rank, place.world)
     with contextlib.ExitStack() as cleanup:
-        saver = cleanup.enter_context(Saver(run, store, sinks[0].note, watch.extend)) if main else None
+        writer = cleanup.enter_context(LogWriter(make_sinks(config, run.step, place.device))) if main else None
+        sinks: list[Sink] = [writer] if writer else []
+        if writer:
+            announce(run, int(tell_damage(ledger, sinks)["ingest/corrupt"]), sinks, choice, place.world, clips)
+        if on_gpu or compile_kind(config, place.device) != "off":
+            notes = mock_steps(run.take_step, manifest, meter)
+            watch.extend()
+            start_up.passed("for a mock step")
+            for sink, note in itertools.product(sinks, notes):
+                sink.note(note)
+        tokens = caption_tokenizer(config)
+        saver = cleanup.enter_context(Saver(run, store, writer.note, watch.extend)) if writer else None
+        samples = Samples(config, run.step, place.rank, place.world)
 
-        def lap() -> Row:
-            # The other ranks' rows are not written anywhere, and what they asked for the first would not hear of.
-            return feed.lap() | (tell_damage(ledger, sinks) | saver.lap() if saver else {})
+        def counts() -> Row:
+            return feed.counts() | (saver.lap() if saver else {})
 
-        logger = Logger(run, sinks, samples, lap, meter)
-        giver = ShardGiver(run)
+        def remote() -> Row:
+            """In the writer's thread."""
+            return feed.waiting() | tell_damage(ledger, sinks)
+
+        logger = cleanup.enter_context(Logger(run, sinks, samples, counts, remote, writer, meter=meter))
         hooks: list[Hook] = [logger, watch]
         if clips:
             decode = functools.partial(decoded, clips, place.rank, place.world)
-            hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long))
-        hooks.append(saver or giver)
-        if saver:
-            hooks.append(start_up.tell(sinks[0].note))
+            hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long, logger.read_gathered))
+        last = saver or ShardGiver(run)
+        hooks += [last, start_up.tell(writer.note)] if writer else [last]
         start_up.passed("for model and weights")
-        batches = samples.of(on_device(map(collate, feed), place.device))
+        made = cleanup.enter_context(contextlib.closing(feed.batches(Collator(manifest.spec, tokens), place.device)))
+        batches = samples.of(on_device(made, place.device))
         batches = meter.of(batches) if meter else batches
-        try:
-            train(run, batches, hooks, StopAgreement(ledger, place.world))
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, f"step {run.step + 1}", config, latent_shape) from error
+        train_or_say_what_fits(run, batches, hooks, StopAgreement(ledger, place.world), latent_shape)
         if run.step < config.train.max_steps:
             logger.flush()
             watch.extend()
-            (saver or giver).save_now()
-        if main:
+            last.save_now()
+        if writer:
             with watch.long():  # W&B may have to send much
-                conclude(run, collate, sinks, int(lap()["ingest/corrupt"]))
+                conclude(run, feed, sinks, int(tell_damage(ledger, sinks)["ingest/corrupt"]))
 
 
-def conclude(run: Run, collate: Collator, sinks: list[Sink], damaged: int) -> None:
+def train_or_say_what_fits(
+    run: Run, batches: Iterator[Batch], hooks: list[Hook], stop: Callable[[], bool], latent_shape: tuple[int, int, int]
+) -> None:
+    """Train. Raises UserError, with a batch that would fit, when the GPU's memory does not suffice."""
+    try:
+        train(run, batches, hooks, stop)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, f"step {run.step + 1}", run.config, latent_shape) from error
+
+
+def caption_tokenizer(config: Config) -> CaptionTokenizer:
+    data = config.data
+    return CaptionTokenizer(load_tokenizer(config.run_dir / TOKENIZER), data.max_caption_tokens, data.train_eos)
+
+
+def conclude(run: Run, feed: Feed, sinks: list[Sink], damaged: int) -> None:
     """The last lines of a start."""
     config = run.config
     end = "finished" if run.step == config.train.max_steps else "stopped after"
     for sink in sinks:
         sink.note(f"{end} {run.step} steps in {run.clock.trained_s:.0f} s of training; "
-                  f"rank 0 cut {collate.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip
+                  f"rank 0 cut {feed.captions_cut} captions at {config.data.max_caption_tokens} tokens")  # fmt: skip
         for line in known_damage(config, damaged):
             sink.note(line)
     for sink in reversed(sinks):  # the log last: others still have something to tell
@@ -192,6 +204,13 @@ def make_run(config: Config, manifest: Manifest, device: torch.device, store: Ch
         with store.open(choice.name) as checkpoint:
             run.restore(checkpoint)
     return run
+
+
+def mock_steps(step: Step, manifest: Manifest, meter: FlopMeter | None) -> list[str]:
+    """Mock steps of every shape, before the first batch comes. -> lines for the log. All ranks make them together."""
+    shape, dtype = manifest.spec.latent_shape, getattr(torch, manifest.spec.latent_dtype)
+    notes = [warm_up(step, shape, dtype)]
+    return notes + (look_at_speed(step, shape, dtype, meter) if step.model.q_static.is_cuda else [])
 
 
 def look_at_speed(

@@ -199,10 +199,10 @@ def test_snapshots_reuse_their_memory(tmp_path):
     advance(run)
     snapshots = Snapshots(run.model, run.optimizer)
     assert snapshots.reserve() and not snapshots.reserve()
-    first = snapshots.take(1, {}).contents()
+    first = snapshots.take(1, dict).contents()
     places = {name: tensor.data_ptr() for name, tensor in (first.model | first.optimizer).items() if "rng" not in name}
     advance(run)
-    second = snapshots.take(2, {}).contents()
+    second = snapshots.take(2, dict).contents()
     again = {name: tensor.data_ptr() for name, tensor in (second.model | second.optimizer).items() if "rng" not in name}
     assert places == again
     assert all(torch.equal(second.model[name], p) for name, p in run.model.named_parameters())
@@ -227,7 +227,7 @@ def test_a_gpus_snapshot_is_of_its_moment_though_steps_are_queued_behind_it(tmp_
     for number in range(3):
         for _ in range(50):
             train_step()  # the host runs ahead
-        taken = snapshots.take(number, {})
+        taken = snapshots.take(number, dict)
         wanted = [p.detach().clone() for p in net.parameters()]  # queued before the next step
         wanted += [optimizer.state[p]["exp_avg"].clone() for p in net.parameters()]
         for _ in range(5):

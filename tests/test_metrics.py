@@ -160,7 +160,7 @@ def test_waiting_for_the_device_where_metrics_are_read_is_no_wait_for_data(tmp_p
     """A host that runs ahead of its GPU waits there, and nowhere else."""
     config = make_config(tmp_path, max_steps=4, log_every=2)
     run, pause, rows = make_run(config), 0.5, []
-    drain = run.metrics.drain
+    read = run.metrics.read
 
     class Sink:
         def write(self, new, latest):
@@ -168,8 +168,8 @@ def test_waiting_for_the_device_where_metrics_are_read_is_no_wait_for_data(tmp_p
 
     def slowly():
         time.sleep(pause)
-        return drain()
+        return read()
 
-    run.metrics.drain = slowly  # type: ignore[method-assign]
+    run.metrics.read = slowly  # type: ignore[method-assign]
     train(run, batches(1), [Logger(run, [Sink()], Samples(config, 0, 0, 1))])  # type: ignore[list-item]
     assert all(row["train/step_time"] > pause / 2 and row["train/data_wait"] < 0.3 for row in rows) and len(rows) == 2

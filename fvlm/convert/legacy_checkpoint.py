@@ -137,7 +137,7 @@ def import_run(path: Path, config: Config, manifest: Manifest, store: Checkpoint
     plan = Plan.of_config(manifest, config, origin=legacy.step)
     metrics = Metrics(config.train.ratio_window)
     metrics.load_state_dict({"windows": {name: [] for name in RATIOS}, "latest": legacy.metrics, "best": {}})
-    state = RunState.of(config, plan, metrics, trained_s=0.0, step=legacy.step)
+    state = RunState.of(config, plan, metrics.state_dict(), trained_s=0.0, step=legacy.step)
     return _write(legacy, store, config.train.seed, state.to_dict())
 
 

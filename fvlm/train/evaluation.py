@@ -63,6 +63,7 @@ class Evaluation:
 
     Put it before the hook that saves: then a checkpoint implies the evaluation of its step. `decode` gives this rank's
     share of the batches of `clips`, decoded elsewhere; `long` is a context for what may take longer than a step.
+    `before` is called first, on all ranks: what the steps up to this one have to log is to be logged before it.
     A row of evals.jsonl:
 
     step                            finished steps
@@ -82,8 +83,9 @@ class Evaluation:
         sinks: list[Sink],
         decode: Callable[[], Iterator[RawBatch]],
         long: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        before: Callable[[], None] = lambda: None,
     ):
-        self._run, self._clips, self._tokenizer = run, clips, tokenizer
+        self._run, self._clips, self._tokenizer, self._before = run, clips, tokenizer, before
         self._rank, self._sinks, self._decode, self._long = rank, sinks, decode, long
         self._collate = Collator(clips.reader.manifest.spec, tokenizer)
         self._known_damage: set[str] = set()
@@ -94,6 +96,7 @@ class Evaluation:
         config = self._run.config
         if not is_evaluation_step(step, config):
             return
+        self._before()
         if self._run.model.q_static.is_cuda:
             torch.cuda.synchronize()
         self._run.clock.computed()  # what has been waited for now was training

@@ -15,6 +15,7 @@ from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.data.plan import Plan
 from fvlm.model.foveated import FoveatedVLM
+from fvlm.train.device import StepsAhead
 from fvlm.train.metrics import Clock, Metrics, Scalars
 from fvlm.train.run_state import RunState
 from fvlm.train.state import STATE, contents_of, open_checkpoint
@@ -64,17 +65,34 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """What state.json holds besides the step and the files. All metrics must have been read."""
-        return RunState.of(self.config, self.plan, self.metrics, self.clock.trained_s, self.step).to_dict()
+        return self._state(self.metrics.state_dict()).to_dict()
+
+    def state_later(self) -> Callable[[], dict[str, Any]]:
+        """What `state_dict` says once the metrics of the steps up to now were read and written.
+
+        What is returned waits for that, so it is to be called in another thread. All metrics must have been gathered.
+        """
+        metrics, state = self.metrics.state_later(), self._state({})
+        return lambda: dataclasses.replace(state, metrics=metrics.result()).to_dict()
+
+    def _state(self, metrics: dict[str, Any]) -> RunState:
+        return RunState.of(self.config, self.plan, metrics, self.clock.trained_s, self.step)
 
 
 def train(run: Run, batches: Iterator[Batch], hooks: list[Hook], stop: Callable[[], bool] = lambda: False) -> None:
     """Train until `max_steps`, or until `stop()`, which is asked after every step."""
+    ahead = StepsAhead(next(run.model.parameters()).device)
     run.clock.resume()
     while run.step < run.config.train.max_steps:
+        run.clock.computed()  # what the hooks took was no wait for data
         batch = next(batches)
-        run.clock.waited()
+        if ahead.is_busy():
+            run.clock.computed()  # whatever the host waited for, the device did not
+        else:
+            run.clock.waited()
         scalars = run.take_step(batch, run.step)
         run.step += 1
+        ahead.stepped()
         run.clock.stepped()
         for hook in hooks:
             hook.after_step(run.step, scalars)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import math
 import time
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Clock:
         self._mark = time.perf_counter()
 
     def waited(self) -> None:
+        """The host has waited for a batch, and the device had nothing left to do."""
         self.wait_s += self._passed()
 
     def stepped(self) -> None:
@@ -52,17 +54,63 @@ class Clock:
         self.trained_s += passed
         return passed
 
-    def lap(self) -> tuple[float, float]:
-        """-> seconds a step and share of them spent waiting for data, since the last lap."""
+    def lap(self, steps: int | None = None) -> tuple[float, float]:
+        """-> seconds a step and share of them spent waiting for data, since the last lap.
+
+        steps: how many the device has finished in it; None: all that `stepped` was told of
+        """
         total = self.wait_s + self.busy_s
-        result = (total / max(self.steps, 1), self.wait_s / total if total else 0.0)
+        result = (total / max(self.steps if steps is None else steps, 1), self.wait_s / total if total else 0.0)
         self.wait_s = self.busy_s = 0.0
         self.steps = 0
         return result
 
 
+class Gathered:
+    """Scalars of some steps on their way to the host, as one tensor. On a CPU they are there at once."""
+
+    def __init__(self, steps: list[tuple[int, Scalars]]):
+        self._steps = [(step, list(scalars)) for step, scalars in steps]
+        self.last_step = steps[-1][0]
+        self.state: Future[dict[str, Any]] = Future()
+        """Of the metrics, right after these."""
+        self._copied: torch.cuda.Event | None = None
+        values = torch.stack([value.detach().float() for _, scalars in steps for value in scalars.values()])
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event(blocking=True)
+            self._copied.record()
+
+    def rows(self) -> list[Row]:
+        """Waits until they are here."""
+        if self._copied:
+            self._copied.synchronize()
+        values = iter(self._values.tolist())
+        return [{"step": step} | {name: next(values) for name in names} for step, names in self._steps]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Metrics that were read, and what is to become of them."""
+
+    rows: list[Row]
+    latest: Row
+    """The newest value of every metric."""
+    _state: dict[str, Any] = field(repr=False)
+    _wanted: Future[dict[str, Any]] = field(repr=False)
+
+    def written(self) -> None:
+        """They are in the files: a checkpoint of their last step may appear."""
+        self._wanted.set_result(self._state)
+
+    def failed(self, reason: BaseException) -> None:
+        """They are not, and never will be."""
+        self._wanted.set_exception(reason)
+
+
 class Metrics:
-    """Collects scalars on the device and reads them all at once, every `log_every` steps.
+    """Collects scalars on the device and reads those of many steps at once.
 
     caption/ratio_avg, recon/ratio_avg    mean of the last `ratio_window` readings
     caption/ratio_best, recon/ratio_best  the highest such mean so far; only means of a full window count, or the first
@@ -71,6 +119,9 @@ class Metrics:
 
     def __init__(self, ratio_window: int):
         self._pending: list[tuple[int, Scalars]] = []
+        self._gathered: collections.deque[Gathered] = collections.deque()
+        self._newest: Future[dict[str, Any]] | None = None
+        """State after what was gathered last; None before that."""
         self._windows = {name: collections.deque[float](maxlen=ratio_window) for name in RATIOS}
         self._latest: Row = {}
         self._best: dict[str, Row] = {}
@@ -78,24 +129,47 @@ class Metrics:
     def add(self, step: int, scalars: Scalars) -> None:
         self._pending.append((step, scalars))
 
-    def drain(self) -> list[Row]:
-        """One row a step since the last call, averages of the ratios included. The one place where the host waits."""
-        if not self._pending:
-            return []
-        tensors = [value.detach().float() for _, scalars in self._pending for value in scalars.values()]
-        values = iter(torch.stack(tensors).tolist())
-        rows = []
-        for step, scalars in self._pending:
-            row: Row = {"step": step} | {name: next(values) for name in scalars}
+    def gather(self) -> None:
+        """Have the scalars of the steps since the last call copied to the host. Does not wait for the device."""
+        if self._pending:
+            self._gathered.append(Gathered(self._pending))
+            self._newest = self._gathered[-1].state
+            self._pending = []
+
+    @property
+    def gathered(self) -> list[int]:
+        """The last step of each `gather` that was not read yet, oldest first."""
+        return [gathered.last_step for gathered in self._gathered]
+
+    def read(self) -> Read:
+        """What the oldest `gather` gathered, averages of the ratios included. The one place where the host waits."""
+        gathered, rows = self._gathered[0], []
+        read = gathered.rows()
+        self._gathered.popleft()  # not before it is read: `abandon` tells those who wait for it
+        for row in read:
             for name, window in self._windows.items():
                 if name in row and math.isfinite(row[name]):
                     window.append(row[name])
                 if name in row and window:
-                    row |= self._averages(name, step)
+                    row |= self._averages(name, int(row["step"]))
             self._latest |= row
             rows.append(row)
-        self._pending.clear()
+        return Read(rows, self.latest, self._state(), gathered.state)
+
+    def drain(self) -> list[Row]:
+        """One row a step of all that was not read yet."""
+        self.gather()
+        rows = []
+        while self._gathered:
+            read = self.read()
+            rows += read.rows
+            read.written()
         return rows
+
+    def abandon(self, reason: BaseException) -> None:
+        """Nobody will read what is gathered: whoever waits for a `state_later` gets `reason` as an exception."""
+        while self._gathered:
+            self._gathered.popleft().state.set_exception(reason)
 
     @property
     def latest(self) -> Row:
@@ -113,8 +187,24 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything that later rows depend on. Raises ValueError while there are scalars to be read."""
-        if self._pending:
+        if self._pending or self._gathered:
             raise ValueError("metrics: drain() comes before state_dict(), or the steps since the last one are lost")
+        return self._state()
+
+    def state_later(self) -> Future[dict[str, Any]]:
+        """What `state_dict` says once everything up to now was read, and before anything later is.
+
+        It is there when what was read has also been written (`Read.written`), so a checkpoint that has it implies that
+        the lines of its steps are in the files. Raises ValueError while there are scalars to be gathered.
+        """
+        if self._pending:
+            raise ValueError("metrics: gather() comes before state_later()")
+        if self._newest is None:
+            self._newest = Future()
+            self._newest.set_result(self._state())
+        return self._newest
+
+    def _state(self) -> dict[str, Any]:
         return {
             "windows": {name: list(window) for name, window in self._windows.items()},
             "latest": dict(self._latest),
@@ -140,6 +230,7 @@ class Metrics:
         for name, window in self._windows.items():
             window.clear()
             window.extend(state["windows"][name])
+        self._newest = None
         self._latest = dict(state["latest"])
         self._best = {name: dict(best) for name, best in state["best"].items()}
 

@@ -40,13 +40,13 @@ class RunState:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, config: Config, plan: Plan, metrics: Metrics, trained_s: float, step: int) -> RunState:
+    def of(cls, config: Config, plan: Plan, metrics: dict[str, Any], trained_s: float, step: int) -> RunState:
         wandb_id = config.run_dir / WANDB_ID
         return cls(
             plan=plan.fingerprint,
             origin=plan.origin,
             dataset=plan.dataset,
-            metrics=metrics.state_dict(),
+            metrics=metrics,
             trained_s=trained_s,
             wandb={"id": wandb_id.read_text().strip() if wandb_id.exists() else None, "step": step},
             world_size=world_size(),

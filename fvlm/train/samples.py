@@ -35,6 +35,8 @@ class Samples:
         folder = config.run_dir / SAMPLES
         lines = StepLines(folder / f"rank-{rank:05d}.jsonl", step)  # dropped even where none will be written any more
         self._lines = lines if config.log.samples else None
+        # A group of its own on the host: the GPUs' would wait until they have done what they were handed.
+        self._group = dist.new_group(backend="gloo") if self._lines and world > 1 else None
         if rank == 0:
             for path in _files(folder):
                 if _rank_of(path) >= world:
@@ -57,8 +59,8 @@ class Samples:
             self._lines.append(
                 {"step": number, "rank": self.rank, "world": self.world, "clips": clips} for number, clips in rows
             )
-            if self.world > 1:
-                dist.barrier()
+            if self._group:
+                dist.barrier(self._group)
         return taken
 
 

@@ -66,7 +66,7 @@ class SkippedSteps:
             self._lines.append(lines)
         return said
 
-    def require_few(self) -> None:
+    def raise_if_too_many(self) -> None:
         """Raise UserError when so many steps in a row were skipped that more would not help."""
         if self._too_many:
             raise UserError(

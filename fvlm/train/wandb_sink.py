@@ -40,7 +40,7 @@ class Wandb:
     """One W&B run for the whole life of a run folder: its id lies there, and every restart uses it.
 
     A thread of its own does everything, W&B's start included. What fails, a full disk, a dead service, is counted and
-    noted once (`note`, always from the training thread); what W&B cannot take in time waits in memory, up to
+    noted once (`note`, always from the thread that calls `write`); what W&B cannot take in time waits in memory, up to
     MOST_WAITING entries. When it cannot be reached at the start, this start is kept in an offline file.
 
     W&B's own step is the training's, and never goes back: it drops a row that is behind. A restart goes over the steps

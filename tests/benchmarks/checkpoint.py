@@ -22,7 +22,7 @@ from fvlm.batch import Batch
 from fvlm.data.plan import Plan
 from fvlm.model.hub import build_model
 from fvlm.train.loop import Run
-from fvlm.train.metrics import Clock, Metrics
+from fvlm.train.metrics import Clock, Metrics, Row
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.saver import Saver
 from fvlm.train.step import train_step
@@ -75,10 +75,16 @@ def main(preset: str) -> None:
             [1e3 * value for value in steps[1:]],
         )
     )
+    gpu = f", its computation for {statistics.median(holds):.2f} ms" if (holds := holds_of(rows)) else ""
     print(
         f"{preset} on {device.type}: {size / 1e6:.0f} MB, training held for {stall:.1f} ms ({100 * stall / step:.1f} % "
-        f"of a step of {step:.0f} ms), safe after {write:.2f} s; medians of {SAVES}"
+        f"of a step of {step:.0f} ms){gpu}, safe after {write:.2f} s; medians of {SAVES}"
     )
+
+
+def holds_of(rows: list[Row]) -> list[float]:
+    """Of a GPU."""
+    return [row["checkpoint/hold_ms"] for row in rows if "checkpoint/hold_ms" in row]
 
 
 if __name__ == "__main__":
