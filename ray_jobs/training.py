@@ -116,8 +116,7 @@ def train_watched(
             decode = functools.partial(decoded, clips, place.rank, place.world)
             hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long))
         hooks.append(saver or giver)
-        if saver:
-            hooks.append(start_up.tell(sinks[0].note))
+        hooks += [start_up.tell(sinks[0].note)] if saver else []
         start_up.passed("for model and weights")
         batches = samples.of(on_device(map(collate, feed), place.device))
         try:
