@@ -160,7 +160,7 @@ def check_waits(checks: Checks, config: Config, device: torch.device, variants: 
         checks.add(f"{name}: the host waits for the GPU within a step", told != "no", False, told=told)
 
 
-def check_memory(checks: Checks, config: Config, device: torch.device) -> None:
+def check_memory(checks: Checks, config: Config, device: torch.device, variants: list[str]) -> None:
     batch, base = random_batch(config, device), base_model(config)
     for memory in ("speed", "balanced", "small"):
         changed = with_changes(config, {"train.memory": memory})
@@ -168,7 +168,7 @@ def check_memory(checks: Checks, config: Config, device: torch.device) -> None:
         if device.type != "cuda":
             checks.add(f"{memory}: estimated GB", need.peak / 1e9)
             continue
-        for name in ("eager", "graphs"):
+        for name in variants:
             synchronise(device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
@@ -190,13 +190,13 @@ def check_memory(checks: Checks, config: Config, device: torch.device) -> None:
             torch._dynamo.reset()
 
 
-def check_deterministic(checks: Checks, config: Config, device: torch.device) -> None:
+def check_deterministic(checks: Checks, config: Config, device: torch.device, variants: list[str]) -> None:
     """Last: the setting stays for the process."""
     config = with_changes(config, {"train.deterministic": True})
     configure_numerics(config, device)
     base = base_model(config)
     batches = [random_batch(config, device, seed) for seed in range(STEPS)]
-    for name in ("eager", "graphs") if device.type == "cuda" else ("eager",):
+    for name in variants:
         runs, seconds = [], []
         for _ in range(2):
             torch._dynamo.reset()
@@ -240,8 +240,8 @@ def main() -> int:
     calls: dict[str, Callable[[], None]] = {
         "reference": lambda: check_reference(checks, small, device, variants),
         "waits": lambda: check_waits(checks, config, device, variants),
-        "memory": lambda: check_memory(checks, config, device),
-        "deterministic": lambda: check_deterministic(checks, config, device),
+        "memory": lambda: check_memory(checks, config, device, variants),
+        "deterministic": lambda: check_deterministic(checks, config, device, variants),
     }
     for part in args.parts.split(","):
         begin = time.monotonic()

@@ -25,6 +25,9 @@ ENDS_WITHIN_S = 15.0
 RANK = "RayTrainWorker"
 """In the title of a rank's process."""
 LINES_SHOWN = 30
+ABORTED = -signal.SIGABRT
+"""Exit code of a process that had done its work and was aborted by a library at the interpreter's end, as was seen with
+the versions of one machine. What it was to write is there, or its absence is the error."""
 STARTED = re.compile(r" started in \d")
 SAVED = re.compile(r" saved step-")
 FINISHED = re.compile(r" finished \d+ steps in ")
@@ -48,7 +51,7 @@ def call(command: list[str], output: Path, folder: Path, deadline: float, codes:
     """Run a Python command until its end. -> what it printed. Raises Failed."""
     with contextlib.closing(Watched(command, output, folder)) as process:
         process.wait(deadline)
-        process.require_code(codes)
+        process.require_code((*codes, ABORTED))
         return output.read_text()
 
 
@@ -136,10 +139,8 @@ class Training:
 
         with contextlib.closing(watched):
             watched.wait(deadline, tick)
-            # Some versions of the libraries abort a process that has done its work, at the interpreter's end.
             self.exit_code = watched.process.returncode
-            if not (self.exit_code == -signal.SIGABRT and self.seen(FINISHED)):
-                watched.require_code()
+            watched.require_code((0, ABORTED) if self.seen(FINISHED) else (0,))
         if kill_at is not None and self.killed_at is None:
             raise Failed(f"the run ended before it was killed at step {kill_at}\n{watched.tail()}")
 

@@ -84,7 +84,7 @@ class WholeRun:
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder = args, folder
-        given = {key: getattr(args, key) for key in ("steps", "save_every", "twin_steps") if getattr(args, key)}
+        given = {key: getattr(args, key) for key in ("steps", "save_every", "twin_steps", "laps") if getattr(args, key)}
         if args.twin_steps:
             given["twin_save_every"] = max(1, args.twin_steps // 4)
         self.sizes = dataclasses.replace(DRY if args.dry_run else Sizes(), **given)
@@ -299,6 +299,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds for everything; default 290, of a dry run 1800")
     parser.add_argument("--steps", type=int, help=f"of run; default {Sizes.steps}")
     parser.add_argument("--save-every", type=int, help=f"steps of run; default {Sizes.save_every}")
+    parser.add_argument("--laps", type=int, help=f"of the bare step; default {Sizes.laps}")
     parser.add_argument("--twin-steps", type=int, help=f"of the runs that are compared; default {Sizes.twin_steps}")
     parser.add_argument("--twin-options", default="", help="of these runs alone, in one word: --twin-options='--a b'")
     parser.add_argument("--compile-cache", type=Path, help="folder with compiled programs; default: a fresh one")
