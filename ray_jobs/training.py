@@ -124,15 +124,9 @@ def train_watched(
         hooks: list[Hook] = [logger, watch]
         if clips:
             decode = functools.partial(decoded, clips, place.rank, place.world)
-<<<<<<< HEAD
             hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long, logger.read_gathered))
         last = saver or ShardGiver(run)
         hooks += [last, start_up.tell(writer.note)] if writer else [last]
-=======
-            hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long))
-        hooks.append(saver or giver)
-        hooks += [start_up.tell(sinks[0].note)] if saver else []
->>>>>>> ranks
         start_up.passed("for model and weights")
         made = cleanup.enter_context(contextlib.closing(feed.batches(Collator(manifest.spec, tokens), place.device)))
         batches = samples.of(on_device(made, place.device))
