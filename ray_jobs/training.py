@@ -130,8 +130,9 @@ def train_watched(
         start_up.passed("for model and weights")
         made = cleanup.enter_context(contextlib.closing(feed.batches(Collator(manifest.spec, tokens), place.device)))
         batches = samples.of(on_device(made, place.device))
-        batches = meter.of(batches) if meter else batches
-        train_or_say_what_fits(run, batches, hooks, StopAgreement(ledger, place.world), latent_shape)
+        train_or_say_what_fits(
+            run, meter.of(batches) if meter else batches, hooks, StopAgreement(ledger, place.world), latent_shape
+        )
         if run.step < config.train.max_steps:
             logger.flush()
             watch.extend()
