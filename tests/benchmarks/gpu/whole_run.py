@@ -46,6 +46,7 @@ from trainings import SAVED, STARTED, Failed, Training, call
 from fvlm.config import Config
 from fvlm.data.shards import read_manifest
 from fvlm.files import write_atomic
+from fvlm.train.store import CHECKPOINTS
 from ray_jobs.options import command_line
 
 DETERMINISTIC = "--train.deterministic"
@@ -167,7 +168,7 @@ class WholeRun:
                     saving=run_figures.saving_laps(training.steps, sizes.save_every, sizes.log_every),
                     exit_code=training.exit_code,
                 )
-            shutil.rmtree(training.run_dir, ignore_errors=True)
+            shutil.rmtree(training.run_dir / CHECKPOINTS, ignore_errors=True)
 
     def kill(self, deadline: float) -> None:
         twin, found = self.twin(deadline), self.figures("kill")
