@@ -137,3 +137,13 @@ def test_what_cannot_be_recorded_is_refused_with_the_cure(recorder, monkeypatch)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", failing)
     with pytest.raises(UserError, match=r"cannot be recorded on this GPU: operation not permitted .* off"):
         compute_losses(model, make_batch(), config.objective, trained=RecordedLosses(lambda *_: None))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Dynamo cannot trace it"), torch.OutOfMemoryError("out of memory")])
+def test_what_fails_for_another_reason_is_told_as_it_is(recorder, monkeypatch, error):
+    def failing(*_args: Any, **_kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", failing)
+    with pytest.raises(type(error), match=str(error)):
+        compute_losses(make_model(), make_batch(), ObjectiveConfig(), trained=RecordedLosses(lambda *_: None))

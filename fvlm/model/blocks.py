@@ -142,10 +142,10 @@ def _norm(module: Any, eps: float) -> Norm:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast converts the factors of a product to on this device; None where it is off."""
-    kind = device.type
-    # Tensors without contents ("meta") know no autocast.
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
+    # Asking about tensors without contents is an error to torch.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _joined(*modules: Any) -> tuple[Linear, ...]:

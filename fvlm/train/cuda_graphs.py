@@ -53,9 +53,10 @@ class RecordedLosses:
         try:
             losses = _OfTensors(self._trained, model, config)
             torch.cuda.make_graphed_callables(losses, tuple(own), pool=self._pool)  # in place
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # Of all that can go wrong in a step, compilation included, only this is about recording it.
+            if "captur" not in str(error):
+                raise
             raise UserError(
                 f"--train.cuda-graphs: this step cannot be recorded on this GPU: {error}. Use --train.cuda-graphs off."
             ) from error
