@@ -124,7 +124,8 @@ class TrainConfig:
     """A step whose loss or gradient is not finite is skipped; so many in a row end the run. More than the 8 to 16 clips
     of a row group, which all can be broken at once and are spread over as many steps."""
     checkpoint_dir: str = ""
-    """Checkpoints go to DIR/RUN: an absolute folder, s3://bucket/path, ... Empty: `checkpoints` in the run folder."""
+    """Checkpoints go to DIR/RUN: a folder that all nodes see, s3://bucket/path, ... Empty: `checkpoints` in the run
+    folder."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.runs_dir).expanduser().resolve() / self.run_name
+        return Path(self.runs_dir) / self.run_name
 
     @property
     def rank_counts(self) -> list[int]:
@@ -227,6 +228,16 @@ NOT_IDENTITY = tuple(
 """... but for these (the dataset itself is compared by its fingerprint, not by where it lies)."""
 
 
+def is_uri(path: str) -> bool:
+    """Whether `path` is a URI: it means the same in every folder, and pathlib would mangle it."""
+    return "://" in path
+
+
+MODEL_NAMES = ("model.vision", "model.language")
+"""Names on the hub or local folders. A folder is the same one however it is spelled, so it is compared as the place
+that it really is. One that was moved is another one: the run has to be told its old name, by a link there."""
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'data': {'lanes': 4}} -> {'data.lanes': 4}"""
     flat: dict[str, Any] = {}
@@ -241,10 +252,17 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a stored or live config that may not change, by dotted key."""
     return {
-        key: value
+        key: real_folder(value) if key in MODEL_NAMES else value
         for key, value in flatten(config).items()
         if key not in NOT_IDENTITY and any(key == name or key.startswith(f"{name}.") for name in IDENTITY)
     }
+
+
+def real_folder(name: Any) -> Any:
+    """A local folder by its absolute path without links; anything else as it is."""
+    if isinstance(name, str) and name and Path(name).is_dir():
+        return str(Path(name).resolve())
+    return name
 
 
 def _require(ok: bool, message: str) -> None:
@@ -279,8 +297,11 @@ def validate(config: Config) -> Config:
         bool(config.eval.every) or not config.eval.path,
         "--eval.path is given and --eval.every is 0, so nothing would be evaluated. Say every how many steps.",
     )
-    checkpoint_dir = config.train.checkpoint_dir
-    places = {"data.path": data.path, "eval.path": config.eval.path, "train.checkpoint-dir": checkpoint_dir}
+    places = {
+        "data.path": data.path,
+        "eval.path": config.eval.path,
+        "train.checkpoint-dir": config.train.checkpoint_dir,
+    }
     for key, place in places.items():
         _require(
             not urlsplit(place).password,
@@ -288,12 +309,7 @@ def validate(config: Config) -> Config:
             "out, and give it as the store's own clients expect: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "~/.aws, ...",
         )
-    _require(
-        not checkpoint_dir or "://" in checkpoint_dir or Path(checkpoint_dir).expanduser().is_absolute(),
-        f"--train.checkpoint-dir {checkpoint_dir} is relative, and ranks do not run in this folder. Give an absolute "
-        "folder that all nodes see, or s3://bucket/path.",
-    )
-    _require("://" not in config.runs_dir, f"--runs-dir {config.runs_dir}: give a folder; a run cannot lie elsewhere.")
+    _require(not is_uri(config.runs_dir), f"--runs-dir {config.runs_dir}: give a folder; a run cannot lie elsewhere.")
     _require(
         data.global_batch % data.lanes == 0,
         f"--data.lanes {data.lanes} does not divide --data.global-batch {data.global_batch}. "

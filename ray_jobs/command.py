@@ -3,55 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 from pathlib import Path
 
 from fvlm.config import Config
-from fvlm.data.storage import is_uri
 from fvlm.errors import UserError
 from fvlm.files import fsync_dir, write_atomic
 from ray_jobs.options import parse
+from ray_jobs.paths import fixed_paths
 
 COMMAND = "command.json"
 HELD = "held"
 """An empty file of the run folder: the run was stopped on purpose, and goes on only when a person starts it."""
 
 
-def absolute(config: Config) -> Config:
-    """The config with paths that mean the same in any folder; a job runs in a temporary copy of the code."""
-    if not config.data.path:
-        raise UserError("--data.path is missing: the folder of a prepared dataset, as the cluster's nodes see it.")
-    path, cache_dir = _absolute(config.data.path), _absolute(config.data.cache_dir)
-    data = dataclasses.replace(config.data, path=path, cache_dir=cache_dir)
-    held_out = dataclasses.replace(config.eval, path=_absolute(config.eval.path))
-    runs_dir, imported = _absolute(config.runs_dir), _absolute(config.import_checkpoint)
-    return dataclasses.replace(config, data=data, eval=held_out, runs_dir=runs_dir, import_checkpoint=imported)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path and not is_uri(path) else path
-
-
 def with_paths(args: list[str], config: Config) -> list[str]:
     """`args`, and behind them the paths of `config`: a later option overrides an earlier one."""
-    paths = ["--data.path", config.data.path, "--runs-dir", config.runs_dir]
-    if config.data.cache_dir:
-        paths += ["--data.cache-dir", config.data.cache_dir]
-    if config.eval.path:
-        paths += ["--eval.path", config.eval.path]
-    if config.import_checkpoint:
-        paths += ["--import-checkpoint", config.import_checkpoint]
+    paths = fixed_paths(config)
     return args if args[-len(paths) :] == paths else [*args, *paths]
 
 
 def remember(config: Config, args: list[str]) -> None:
     """Write down with what options the run is being started, for `ray_jobs.resume`. Ends a hold: a person wants it.
 
-    args: the options as they were given; relative paths in them are those of this process's folder
+    args: the options as they were given, of which `config` was made
     """
-    content = {"arguments": with_paths(args, absolute(config))}
+    content = {"arguments": with_paths(args, config)}
     write_atomic(config.run_dir / COMMAND, json.dumps(content, indent=2) + "\n")
     if (config.run_dir / HELD).exists():
         release(config.run_dir)

@@ -32,6 +32,7 @@ from fvlm.errors import UserError
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
 from ray_jobs.part_tasks import as_tasks, follow, print_table, unfinished
+from ray_jobs.paths import absolute
 
 LATENT_CODEC = "sd-vae-ft-mse"
 """What made the latents of every file of the earlier trainer."""
@@ -84,8 +85,7 @@ class PartTask:
 def convert(config: ConvertConfig) -> None:
     """The whole command. Raises UserError; then what is complete stays, for the same command to continue."""
     started = time.monotonic()
-    # absolute, because workers have a working directory of their own
-    src, out = (path.expanduser().resolve() for path in (config.src, config.out))
+    src, out = (Path(absolute(option, str(path))) for option, path in (("--src", config.src), ("--out", config.out)))
     config = dataclasses.replace(config, src=src, out=out)
     _check(config)
     sources = find_parts(src)
@@ -119,7 +119,7 @@ def _check(config: ConvertConfig) -> None:
         raise UserError(f"--quality is {config.quality}; JPEG knows 1 to 100.")
     if config.tasks < 0:
         raise UserError(f"--tasks is {config.tasks}; it must be at least 0.")
-    if config.out.is_relative_to(config.src):
+    if config.out.resolve().is_relative_to(config.src.resolve()):  # links must not lead there either
         raise UserError(
             f"--out {config.out} lies in --src {config.src}, which is never written to. Choose another --out."
         )

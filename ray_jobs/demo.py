@@ -27,6 +27,7 @@ from fvlm.train.pictures import plot_curves
 from fvlm.train.run_folder import PICTURES, latest_checkpoint
 from fvlm.train.sinks import EVALS, METRICS
 from ray_jobs.cli import run_command
+from ray_jobs.paths import absolute
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Demo:
 
 def main() -> None:
     demo = tyro.cli(Demo, prog="python -m ray_jobs.demo", description=__doc__)
-    out = Path(demo.out).resolve()
+    out = Path(absolute("--out", demo.out))
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     train_data = make_dataset(out / "train", demo.clips, seed=0)

@@ -11,6 +11,7 @@ import tyro
 from fvlm import presets
 from fvlm.config import Config, validate
 from fvlm.errors import UserError
+from ray_jobs.paths import absolute_paths
 
 STEP_MS, FEED_SECONDS = 120.0, 60.0
 
@@ -43,7 +44,7 @@ def parse(args: list[str] | None = None, prog: str = "python -m ray_jobs.train")
 def command_line(
     args: list[str] | None = None, prog: str = "python -m ray_jobs.train"
 ) -> tuple[Config, FeedTest | None]:
-    """The preset with its overrides, and the feed test where one is asked for; None: train.
+    """The preset with its overrides, all paths absolute, and the feed test where one is asked for; None: train.
 
     An unknown or ill-typed key ends the process with code 2 and the nearest name. Raises UserError.
     """
@@ -51,7 +52,7 @@ def command_line(
         name: ((preset.__doc__ or "").split("\n")[0], _Options(preset())) for name, preset in presets.PRESETS.items()
     }
     options = tyro.extras.overridable_config_cli(choices, args=args, prog=prog)
-    return validate(options.config), _feed_test(options)
+    return validate(absolute_paths(options.config)), _feed_test(options)
 
 
 def _feed_test(options: _Options) -> FeedTest | None:

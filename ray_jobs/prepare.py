@@ -27,6 +27,7 @@ from fvlm.files import sha256_file
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
 from ray_jobs.part_tasks import Rows, as_tasks, follow, print_table, unfinished
+from ray_jobs.paths import absolute, absolute_unless_name
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,20 @@ class PartWorker:
 def prepare(config: PrepareConfig) -> None:
     """The whole command. Raises UserError; then what is complete stays, for the same command to continue."""
     started = time.monotonic()
+    config = dataclasses.replace(
+        config,
+        videos=Path(absolute("--videos", str(config.videos))),
+        captions=Path(absolute("--captions", str(config.captions))),
+        out=Path(absolute("--out", str(config.out))),
+        latents=absolute_unless_name("--latents", config.latents),
+    )
     _check(config)
-    # absolute, because workers have a working directory of their own
-    videos, out = (path.expanduser().resolve() for path in (config.videos, config.out))
-    config = dataclasses.replace(config, videos=videos, out=out)
-    if Path(config.latents).is_dir():
-        config = dataclasses.replace(config, latents=str(Path(config.latents).resolve()))
-    captions, spec = Captions(config.captions.expanduser()), _spec(config)
+    out = config.out
+    captions, spec = Captions(config.captions), _spec(config)
     settings = spec.to_json() | {
         "clips_per_shard": config.clips_per_shard,
         "captions_rows": len(captions),
-        "captions_sha256": sha256_file(config.captions.expanduser()),
+        "captions_sha256": sha256_file(config.captions),
     }
     parts.check_begun(out, settings)
     manifest = parts.completed(out)
@@ -120,7 +124,7 @@ def _check(config: PrepareConfig) -> None:
             raise UserError(f"--{flag} is {getattr(config, name)}; it must be at least {least_value}.")
     if config.quality > 100:
         raise UserError(f"--quality is {config.quality}; JPEG knows 1 to 100.")
-    if not config.videos.expanduser().is_dir():
+    if not config.videos.is_dir():
         raise UserError(f"--videos {config.videos}: no such folder.")
 
 

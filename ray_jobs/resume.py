@@ -20,6 +20,7 @@ from fvlm.train.run_report import is_locked
 from fvlm.train.store import checkpoint_store, newest_step
 from ray_jobs.cli import run_command
 from ray_jobs.command import COMMAND, HELD, hold, release, remembered, valid_now
+from ray_jobs.paths import absolute
 from ray_jobs.submit import (
     RETRY_S,
     TRIES,
@@ -64,7 +65,7 @@ def main() -> None:
     """The command. Ends the process with code 2 when a run that should go on does not."""
     logging.disable(logging.WARNING)  # Ray's client tells of every upload and socket
     options = arguments(sys.argv[1:])
-    root, deadline = Path(options.runs_dir).expanduser().absolute(), time.monotonic() + options.wait
+    root, deadline = Path(absolute("RUNS_DIR", options.runs_dir)), time.monotonic() + options.wait
     if options.hold or options.release:
         change_hold(run_folder(root, options.hold or options.release), bool(options.hold))
         return
@@ -146,7 +147,7 @@ def examine(folder: Path) -> Unfinished | str:
         raise UserError(
             f"{folder / COMMAND}: its options are not valid now: {config}\nStart the run by hand with others."
         )
-    if config.run_dir != folder.resolve():
+    if config.run_dir.resolve() != folder.resolve():
         return f"left alone: its last start trained {config.run_dir}, so it was copied or moved; start it by hand"
     steps = newest_step(checkpoint_store(config))
     if steps >= config.train.max_steps:

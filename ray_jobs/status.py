@@ -18,6 +18,7 @@ from fvlm.train.metrics import duration
 from fvlm.train.run_report import STATES, LastStart, RunReport, began_config, report
 from ray_jobs.cli import run_command
 from ray_jobs.command import COMMAND, HELD, remembered, valid_now
+from ray_jobs.paths import absolute
 
 STATE_WORDS = "\n".join(f"  {state:9} {meaning}" for state, meaning in STATES.items())
 HELP = f"""
@@ -38,7 +39,7 @@ def main() -> None:
     """The command."""
     logging.disable(logging.WARNING)  # retries of a store's requests; what comes of them is shown
     options = arguments(sys.argv[1:])
-    root = Path(options.runs_dir).expanduser().absolute()
+    root = Path(absolute("--runs-dir", options.runs_dir))
     if not root.is_dir():
         raise UserError(f"{root}: no such folder. Give the one in which the folders of runs lie (--runs-dir).")
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -88,7 +89,7 @@ def last_start(folder: Path) -> tuple[LastStart, list[str]]:
             config = valid_now(args)
             if isinstance(config, str):
                 raise UserError(f"{folder / COMMAND}: its options are not valid now; start the run by hand with others")
-            if config.run_dir != folder.resolve():
+            if config.run_dir.resolve() != folder.resolve():
                 remarks.append(f"a copy: its last start trained {config.run_dir}")
             return LastStart(config, at, held), remarks
     except (OSError, UserError) as error:

@@ -30,7 +30,7 @@ from fvlm.errors import UserError
 from fvlm.train.store import LocalStore, checkpoint_store, newest_step
 from fvlm.train.wandb_sink import COMMIT
 from ray_jobs.cli import run_command
-from ray_jobs.command import absolute, with_paths
+from ray_jobs.command import with_paths
 from ray_jobs.options import parse
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,9 @@ def main() -> None:
     """The command. Ends the process with the job's exit code."""
     logging.disable(logging.WARNING)  # Ray's client tells of every upload and socket
     own, training = arguments(sys.argv[1:])
-    config = absolute(parse(training, prog="python -m ray_jobs.submit"))
+    config = parse(training, prog="python -m ray_jobs.submit")
+    if not config.data.path:
+        raise UserError("--data.path is missing: the folder of a prepared dataset, as the cluster's nodes see it.")
     client = connect(own.address)
     with asking_for_token(client.get_address()):
         for left in reversed(range(TRIES)):
@@ -180,7 +182,7 @@ def submit(client: JobSubmissionClient, config: Config, args: list[str]) -> str:
 def active_job(client: JobSubmissionClient, config: Config) -> JobDetails | None:
     """The job that trains the run or is about to; None when there is none."""
     for job in client.list_jobs():
-        if (job.metadata or {}).get("run_dir") == run_dir(config) and not job.status.is_terminal():
+        if (job.metadata or {}).get("run_dir") == str(config.run_dir) and not job.status.is_terminal():
             return job
     return None
 
@@ -203,16 +205,11 @@ def entrypoint(config: Config, args: list[str]) -> str:
     return shlex.join(["python", "-m", "ray_jobs.train", *with_paths(args, config)])
 
 
-def run_dir(config: Config) -> str:
-    """As the job will see it; links are followed there, not here."""
-    return str(Path(config.runs_dir) / config.run_name)
-
-
 def metadata(config: Config) -> dict[str, str]:
     """What the dashboard shows of the job, and what tells attempts of a run from other jobs."""
     known = {
         "run": config.run_name,
-        "run_dir": run_dir(config),
+        "run_dir": str(config.run_dir),
         "preset": config.preset,
         "step": begun_at(config),
         "steps": str(config.train.max_steps),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import os
-import re
 import shutil
 import sys
 import threading
@@ -24,7 +22,6 @@ from fvlm.data.plan import Plan
 from fvlm.data.row_groups import stored_captions
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import check_shards, read_manifest
-from fvlm.data.storage import is_uri
 from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
 from fvlm.errors import Damaged, UserError
 from fvlm.model.hub import vocabulary_size
@@ -84,41 +81,10 @@ def failure_noted(note: Callable[[str], None]) -> Iterator[None]:
 
 
 def settle(config: Config) -> Config:
-    """The config as every process sees it. Raises UserError."""
-    config = settle_paths(config)
+    """The config with the number of clips that `data.global_batch` 0 stands for. Raises UserError."""
     if config.data.global_batch == 0:
         config = settle_batch(config, open_manifest(config).spec.latent_shape)
     return config
-
-
-def settle_paths(config: Config) -> Config:
-    """The config with folders that are the same in every process: ranks do not run in this one's folder.
-
-    Raises UserError for a relative path in a submitted job.
-    """
-    paths = {
-        "--data.path": config.data.path,
-        "--data.cache-dir": config.data.cache_dir,
-        "--eval.path": config.eval.path,
-        "--runs-dir": config.runs_dir,
-        "--import-checkpoint": config.import_checkpoint,
-    }
-    for key, value in paths.items():
-        if in_job_copy() and value and not is_uri(value) and not Path(value).expanduser().is_absolute():
-            raise UserError(
-                f"{key} {value!r} is relative, but a submitted job runs in a temporary copy of the code; "
-                "what it wrote there would be lost. Give an absolute path that all nodes see."
-            )
-    data, held_out = config.data, config.eval
-    if data.cache_dir:
-        data = dataclasses.replace(data, cache_dir=absolute(data.cache_dir))
-    if held_out.path and not is_uri(held_out.path):
-        held_out = dataclasses.replace(held_out, path=absolute(held_out.path))
-    return dataclasses.replace(config, data=data, eval=held_out)
-
-
-def absolute(folder: str) -> str:
-    return str(Path(folder).expanduser().absolute())
 
 
 def cluster(config: Config, memory: IngestMemory) -> AbstractContextManager[None]:
@@ -142,8 +108,7 @@ def open_manifest(config: Config) -> Manifest:
         raise UserError(
             "--data.path is missing: the folder of a prepared dataset (`python -m ray_jobs.prepare --help`)."
         )
-    path = config.data.path
-    return read_manifest(path if is_uri(path) else Path(path).expanduser().resolve())
+    return read_manifest(config.data.path)
 
 
 def open_dataset(config: Config) -> Manifest:
@@ -178,7 +143,7 @@ def prepare_run(config: Config) -> Manifest:
     try:
         make_tokenizer(config, manifest, run_dir / TOKENIZER)
         if config.import_checkpoint and not checkpoint_store(config).names():
-            import_run(Path(config.import_checkpoint).expanduser(), config, manifest, checkpoint_store(config))
+            import_run(Path(config.import_checkpoint), config, manifest, checkpoint_store(config))
     except UserError:
         if is_new:  # otherwise its config would stand in the way of the corrected command
             shutil.rmtree(run_dir)
@@ -242,11 +207,6 @@ def check_resources(config: Config, memory: IngestMemory, use_gpu: bool) -> None
         if os.environ.get("RAY_ADDRESS", "local") == "local":
             raise UserError(f"{lack}. Use fewer --scale.workers, or --scale.device cpu.")
         print(f"{lack}: waiting until it has more.", flush=True)
-
-
-def in_job_copy() -> bool:
-    """Whether this process runs in the working directory that Ray unpacked for a job."""
-    return re.search(r"/runtime_resources/working_dir_files/", str(Path.cwd())) is not None
 
 
 class follow:

@@ -24,7 +24,7 @@ from fvlm.data.schema import Manifest
 from fvlm.errors import UserError
 from fvlm.train.run_folder import exclusive, finished_steps, open_run
 from ray_jobs import resume
-from ray_jobs.command import absolute, hold, remember, remembered
+from ray_jobs.command import hold, remember, remembered
 from ray_jobs.options import parse
 from ray_jobs.submit import entrypoint
 
@@ -45,8 +45,8 @@ def test_a_run_remembers_its_options_exactly_and_independently_of_the_folder(pre
     (tmp_path / "here" / "runs" / "again").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     args = [preset, *OPTIONS]
-    wanted = absolute(parse(args))
-    remember(parse(args), args)
+    wanted = parse(args)
+    remember(wanted, args)
 
     monkeypatch.chdir(tmp_path)
     back = remembered(tmp_path / "here" / "runs" / "again")

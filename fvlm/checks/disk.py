@@ -100,7 +100,6 @@ def free_bytes(folder: Path) -> int:
 
 def existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that is there."""
-    path = path.expanduser().absolute()
     return next(above for above in (path, *path.parents) if above.exists())
 
 

@@ -82,7 +82,7 @@ class Machine:
     def mount_of(self, path: Path) -> Mount | None:
         """Where `path` lies, links followed; None where nothing is known of mounts. The last of one place is on top."""
         found = None
-        real = path.expanduser().resolve()
+        real = path.resolve()
         for mount in self.mounts():
             if real.is_relative_to(mount.point) and (not found or len(mount.point) >= len(found.point)):
                 found = mount

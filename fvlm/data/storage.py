@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 
+from fvlm.config import is_uri
 from fvlm.data.retries import Patience, one_line, persist
 from fvlm.errors import Damaged, UserError
 
@@ -39,11 +40,6 @@ GUARD_BYTES = 16
 
 Range = tuple[int, int]
 """(first byte, number of bytes) of a file."""
-
-
-def is_uri(root: str) -> bool:
-    """Whether `root` is a URI: it means the same in every folder, and pathlib would mangle it."""
-    return "://" in root
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Storage:
         """The local folder; of a remote root there is none (ValueError)."""
         if not self.is_local:
             raise ValueError(f"{self.locate()} is not a local folder")
-        return Path(unquote(urlsplit(self.root).path) if is_uri(self.root) else self.root).expanduser()
+        return Path(unquote(urlsplit(self.root).path) if is_uri(self.root) else self.root)
 
     def locate(self, name: str = "") -> str:
         """Where file `name` (or the root) is, for people: no credentials, no options."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 from fvlm.config import Config
 from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import read_manifest
-from fvlm.data.storage import is_uri
 from fvlm.errors import UserError
 
 
@@ -59,8 +57,7 @@ def eval_clips(config: Config, training: Manifest) -> EvalClips | None:
 
 def open_held_out(config: Config) -> Manifest:
     """Raises UserError."""
-    path = config.eval.path
-    return read_manifest(path if is_uri(path) else Path(path).expanduser().resolve())
+    return read_manifest(config.eval.path)
 
 
 def _require_fit(config: Config, training: Manifest, held_out: Manifest) -> None:
