@@ -230,31 +230,63 @@ def test_wrong_options_are_told_in_one_line(program, capsys):
             program.main(program.parse(options))
 
 
+def gpu_script(tmp_path: Path, *words: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OUT": str(tmp_path / "out")}
+    command = [str(BENCHMARKS / "gpu.sh"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_gpu_script_says_so(tmp_path):
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run([str(BENCHMARKS / "gpu.sh"), str(tmp_path)], capture_output=True, text=True, env=environment)
+    done = gpu_script(tmp_path, "step")
     assert done.returncode == 2 and "no torch that sees a CUDA GPU" in done.stderr and "--dry-run" in done.stderr
+    done = gpu_script(tmp_path, "--dry-run", "everything")
+    assert done.returncode == 2 and "no part everything; there are parity, step and run" in done.stderr
+
+
+def test_the_gpu_script_s_parity_runs_at_a_tiny_size(tmp_path):
+    done = gpu_script(tmp_path, "--dry-run", "parity", timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "parity.json").read_text())
+    checks = {row["what"]: row for row in found["checks"]}
+    assert all(row["kept"] for row in checks.values()) and found["machine"]["torch"] == torch.__version__
+    exact = checks["fp32 eager: gradients, together"]
+    assert 0 < exact["value"] < 1e-5 < checks["bf16 eager: gradients, together"]["value"]
+    assert exact["worst"] < 1e-3 and not exact["worst_tensor"].endswith(("k_proj.bias", "key.bias"))
+    assert {"eager: the host waits for the GPU within a step", "speed: estimated GB"} < checks.keys()
+
+
+def test_a_figure_beyond_its_bound_is_a_failure(monkeypatch):
+    spec = importlib.util.spec_from_file_location("parity", BENCHMARKS / "gpu" / "parity.py")
+    parity = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "parity", parity)  # where its dataclasses look for their module
+    spec.loader.exec_module(parity)
+    checks = parity.Checks()
+    checks.add("a figure", 1e-6, 1e-5)
+    checks.add("a fact", True, True)
+    checks.add("a figure without a bound", 7.0)
+    assert checks.kept
+    checks.add("another", 2e-5, 1e-5)
+    assert not checks.kept and [row["kept"] for row in checks.rows] == [True, True, True, False]
+    checks = parity.Checks()
+    checks.add("a fact", False, True)
+    assert not checks.kept
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_gpu_script_runs_in_full_at_a_tiny_size(tmp_path):
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(BENCHMARKS / "gpu.sh"), "--dry-run", str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=850, env=environment,
-    )  # fmt: skip
+def test_the_gpu_script_s_step_runs_in_full_at_a_tiny_size(tmp_path):
+    done = gpu_script(tmp_path, "--dry-run", "step", timeout=850)
     assert done.returncode == 0, done.stdout + done.stderr
-    merged = json.loads((tmp_path / "out" / "step-gpu.json").read_text())
+    merged = json.loads((tmp_path / "out" / "step.json").read_text())
     assert merged["missing"] == []
     assert {name: sorted(run["parts"]) for name, run in merged["runs"].items()} == {
         "main": ["captions", "compare", "profile", "readings"],
-        "restart": ["compare"],
-        "fp32": ["compare"],
         "sweep": ["sweep"],
+        "choices": ["compare"],
+        "deterministic": ["compare"],
+        "fp32": ["compare"],
         "curve": ["loss_curve"],
-        "table": ["table"],
     }
     assert merged["machine"]["torch"] == torch.__version__ and merged["machine"]["date"]
     main = merged["runs"]["main"]["parts"]
@@ -265,14 +297,21 @@ def test_the_gpu_script_runs_in_full_at_a_tiny_size(tmp_path):
     assert main["captions"]["recompilations"] == 0 and main["captions"]["steps"] == 12
     assert {row["variant"] for row in main["readings"]} == {"eager bf16", "compiled bf16"}
     assert (tmp_path / "out" / "profile.txt").stat().st_size > 1000 and len(main["profile"]["top"]) == 12
-    (restart,) = merged["runs"]["restart"]["parts"]["compare"]
-    assert restart["compile_s"] < rows["compiled"]["compile_s"]  # what was compiled once is found again
     assert max(row["loss_diff"] for row in merged["runs"]["fp32"]["parts"]["compare"]) <= 1e-5
     measured = [row["batch"] for row in merged["runs"]["sweep"]["parts"]["sweep"]["rows"]]
     assert measured == [2, 4]
     assert merged["runs"]["curve"]["parts"]["loss_curve"]["steps"] == 24
-    table = {row["row"] for row in merged["runs"]["table"]["parts"]["table"]}
-    assert table == {
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_speed_table_has_every_row(program, tmp_path):
+    tiny = "--device cpu --preset demo --layers 1 --batch 2 --frames 2 --size 28 --caption 24 --repeats 1 --warmup 1"
+    program.main(
+        program.parse([*tiny.split(), "--variants", "eager", "--table", "--json", str(tmp_path / "table.json")])
+    )
+    table = json.loads((tmp_path / "table.json").read_text())["parts"]["table"]
+    assert {row["row"] for row in table} == {
         "base", "batch-20", "no-sdpa", "no-compile", "one-fine", "224px", "optimized", "coarse-interval"
     }  # fmt: skip
 
