@@ -214,15 +214,11 @@ def _update(
     normed = _layer_norm(x_FMD, layer.norm2)
     width = layer.down.weight.shape[1]
     if layer.gated:
-        gate, up = _project(normed, layer.up, (width, width)) if len(layer.up) == 2 else _halves(normed, layer.up[0])
+        gate, up = _project(normed, layer.up, (width, width))
         inner = F.silu(gate) * up
     else:
         inner = F.gelu(F.linear(normed, *layer.up[0]))
     return x_FMD + F.linear(inner, *layer.down) * layer.scale2
-
-
-def _halves(x: torch.Tensor, linear: Linear) -> tuple[torch.Tensor, ...]:
-    return F.linear(x, *linear).chunk(2, dim=-1)
 
 
 def decoder_block(
