@@ -119,6 +119,9 @@ class Fresh:
             os.killpg(process.pid, signal.SIGKILL)
             said, _ = process.communicate()
             raise AssertionError(f"it did not end within {PATIENCE:.0f} s: {text}\n{said}") from error
+        except BaseException:  # the test itself is ended
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         return process.returncode, said
 
 
