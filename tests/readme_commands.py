@@ -222,10 +222,12 @@ RULES: list[tuple[str, Run | Listed]] = [
     (r"-m ray_jobs\.prepare ", Run("--latents block-transform", says="clips  ")),
     (r"-m ray_jobs\.train .*--feed-test", Run(f"--feed-seconds 3 {SMALL}", codes=(0, 1), says="delivered ")),
     (r"-m ray_jobs\.train .*--import-checkpoint", Run(f"{SMALL} {STEPS}", "earlier", says="finished {steps} steps")),
+    (r"^python -m ray_jobs\.train .*--data\.path /data/clips$",  # what resumes the run that a relative path has begun
+     Run(f"{SMALL} {STEPS}", says="finished {steps} steps", long=True)),
     (r"^python -m ray_jobs\.train .*--scale\.workers 8",
      Run(f"{SMALL} {STEPS} --scale.workers 2", says="finished {steps} steps", long=True)),
     (r"^python -m ray_jobs\.train ", Run(f"{SMALL} {STEPS}", says="finished {steps} steps")),
-    (r"-m ray_jobs\.doctor \w", Run(f"{SMALL} {STEPS}", codes=(0, 1), says="ok    data")),
+    (r"-m ray_jobs\.doctor \w", Run(f"{SMALL} {STEPS}", says="ok    data")),
     (r"-m ray_jobs\.doctor$", Run(codes=(0, 1), says="ok    ")),
     (r"-m ray_jobs\.status ", Run(says="joint_multifine")),
     (r"-m ray_jobs\.convert ", Run(where="earlier", says="clips  ")),

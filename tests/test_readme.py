@@ -54,8 +54,8 @@ PROJECT = (
 """What a checkout has, as far as commands need it."""
 CLIPS, DONE = 8, 2
 """Videos, and samples of the earlier trainer; steps that its checkpoint has finished."""
-PATIENCE = 280.0
-pytestmark = pytest.mark.timeout(600)
+PATIENCE = 500.0
+pytestmark = pytest.mark.timeout(900)  # the first test of a long command runs those before it
 
 
 @dataclass
@@ -119,6 +119,9 @@ class Fresh:
             os.killpg(process.pid, signal.SIGKILL)
             said, _ = process.communicate()
             raise AssertionError(f"it did not end within {PATIENCE:.0f} s: {text}\n{said}") from error
+        except BaseException:  # the test itself is ended
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         return process.returncode, said
 
 
@@ -133,7 +136,9 @@ def all_commands() -> list[Command]:
 
 
 def of_place(where: str) -> list[Command]:
-    return [c for c in all_commands() if isinstance(plan := plan_for(c), Run) and plan.where == where]
+    """Those to be run there, each once."""
+    found = [c for c in all_commands() if isinstance(plan := plan_for(c), Run) and plan.where == where]
+    return list({command.text: command for command in reversed(found)}.values())[::-1]
 
 
 def marked(commands: list[Command]) -> list:
