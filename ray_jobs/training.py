@@ -116,10 +116,7 @@ def train_watched(
         def counts() -> Row:
             return feed.counts() | (saver.lap() if saver else {})
 
-        def remote() -> Row:
-            """In the writer's thread."""
-            return feed.waiting() | tell_damage(ledger, sinks)
-
+        remote = functools.partial(ask_others, feed, ledger, sinks)
         logger = cleanup.enter_context(Logger(run, sinks, samples, counts, remote, writer, meter=meter))
         hooks: list[Hook] = [logger, watch]
         if clips:
@@ -168,6 +165,11 @@ def conclude(run: Run, feed: Feed, sinks: list[Sink], damaged: int) -> None:
             sink.note(line)
     for sink in reversed(sinks):  # the log last: others still have something to tell
         sink.close()
+
+
+def ask_others(feed: Feed, ledger: Any, sinks: list[Sink]) -> Row:
+    """What a log line has to ask other processes for. In the writer's thread."""
+    return feed.waiting() | tell_damage(ledger, sinks)
 
 
 def tell_damage(ledger: Any, sinks: list[Sink]) -> Row:
