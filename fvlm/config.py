@@ -103,10 +103,10 @@ class TrainConfig:
     takes many times as long to compile. "auto": "layers" on a GPU, "off" on a CPU."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Record forward and backward pass, so that the host starts them with two calls and not with thousands.
-    "auto": on a GPU with one rank, "off" elsewhere."""
+    "auto": on a GPU with one rank, as far as its step can be recorded; "off" elsewhere."""
     deterministic: bool = False
-    """On a GPU choose kernels that add in a fixed order, so that a repeated or resumed run has the same bits. On a CPU
-    it always has."""
+    """On a GPU choose kernels that add in a fixed order, so that a repeated or resumed run, on as many ranks, has the
+    same bits. On a CPU it always has."""
     compile_cache: str = "~/.cache/fvlm/compile"
     """Folder on each node's own disk where compiled programs are kept for the next start; safe to share."""
     memory: Literal["auto", "speed", "balanced", "small"] = "auto"

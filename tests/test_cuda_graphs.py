@@ -17,12 +17,13 @@ from test_parity import make_batch, make_model
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fvlm.config import Config, ObjectiveConfig, OptimConfig, ScaleConfig, TrainConfig, validate
+from fvlm.config import Config, DataConfig, ObjectiveConfig, OptimConfig, ScaleConfig, TrainConfig, validate
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
-from fvlm.model.objective import compute_losses
+from fvlm.model.objective import Inputs, Trained, compute_losses, trained_losses
 from fvlm.presets import demo
 from fvlm.train.cuda_graphs import RecordedLosses
+from fvlm.train.memory import warm_up
 from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.step import Step
 
@@ -44,7 +45,10 @@ class Recorder:
     def __init__(self) -> None:
         self.shapes: list[torch.Size] = []
 
-    def __call__(self, module: nn.Module, sample_args: tuple[torch.Tensor, ...], pool: Any) -> nn.Module:
+    def __call__(
+        self, module: nn.Module, sample_args: tuple[torch.Tensor, ...], num_warmup_iters: int, pool: Any
+    ) -> nn.Module:
+        assert num_warmup_iters == 0  # or a plain step would need its memory beside that of earlier recordings
         assert not torch.is_autocast_cache_enabled(), "torch refuses it"
         forward = module.forward
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -135,15 +139,70 @@ def test_what_cannot_be_recorded_is_refused_with_the_cure(recorder, monkeypatch)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", failing)
+    recorded = RecordedLosses(trained_losses)
+    compute_losses(model, make_batch(), config.objective, trained=recorded)  # the first of a shape is not recorded
     with pytest.raises(UserError, match=r"cannot be recorded on this GPU: operation not permitted .* off"):
-        compute_losses(model, make_batch(), config.objective, trained=RecordedLosses(lambda *_: None))
+        compute_losses(model, make_batch(), config.objective, trained=recorded)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Dynamo cannot trace it"), torch.OutOfMemoryError("out of memory")])
-def test_what_fails_for_another_reason_is_told_as_it_is(recorder, monkeypatch, error):
+def test_a_warm_up_records_every_length_and_takes_no_plain_step_beside_a_recording(recorder):
+    """A plain step then would need the memory of its activations a second time."""
+    model, batch = make_model(), make_batch()
+    clips, t, side = batch.frames.shape[:3]
+    data = DataConfig(num_frames=t, frame_size=side, global_batch=clips, lanes=clips, max_caption_tokens=40)
+    step = make_step(dataclasses.replace(config_of(), data=data), model)
+    plain = step.losses_of.keywords["trained"]
+    happened: list[tuple[str, int]] = []
+
+    def watched(model: FoveatedVLM, inputs: Inputs, config: ObjectiveConfig) -> Trained:
+        happened.append(("replayed" if recorder.shapes else "plain", inputs.ids_BL.shape[1]))
+        return plain(model, inputs, config)
+
+    step.losses_of.keywords["trained"] = RecordedLosses(watched)
+    warm_up(step, tuple(batch.latents.shape[2:]))
+    assert [shape[1] for shape in recorder.shapes] == [40, 32]
+    # The recorder itself computes a shape once to record it.
+    assert happened[:3] == [("plain", 40), ("plain", 32), ("plain", 40)]
+    assert {kind for kind, _ in happened[3:]} == {"replayed"}
+
+
+def test_where_it_was_not_asked_for_steps_that_cannot_be_recorded_go_on_plainly(recorder, monkeypatch):
+    config, model = config_of(), make_model()
+    wanted, plain = trained(make_step(config, copy.deepcopy(model)))
+
+    def failing(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", failing)
+    step = make_step(config, model)
+    assert step.refusal == ""
+    step.losses_of.keywords["trained"] = RecordedLosses(step.losses_of.keywords["trained"], required=False)
+    got, ours = trained(step)
+    assert got == wanted and "not permitted when stream is capturing" in step.refusal
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def out_of_memory_while_capturing() -> RuntimeError:
+    """Ending the capture fails because the memory ran out, and that is what arrives."""
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = torch.OutOfMemoryError("out of memory")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (RuntimeError("Dynamo cannot trace it"), RuntimeError, "Dynamo cannot trace it"),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError, "out of memory"),
+        (out_of_memory_while_capturing(), torch.OutOfMemoryError, "out of memory"),
+    ],
+)
+def test_what_fails_for_another_reason_is_told_as_it_is(recorder, monkeypatch, error, kind, told):
     def failing(*_args: Any, **_kwargs: Any) -> None:
         raise error
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", failing)
-    with pytest.raises(type(error), match=str(error)):
-        compute_losses(make_model(), make_batch(), ObjectiveConfig(), trained=RecordedLosses(lambda *_: None))
+    model, recorded = make_model(), RecordedLosses(trained_losses)
+    compute_losses(model, make_batch(), ObjectiveConfig(), trained=recorded)
+    with pytest.raises(kind, match=told):
+        compute_losses(model, make_batch(), ObjectiveConfig(), trained=recorded)

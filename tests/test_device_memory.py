@@ -224,3 +224,16 @@ def test_a_checkpoint_that_is_only_written_here_does_not_start_cuda(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: pytest.fail("CUDA was started"))
     assert list(random_generators()) == ["rng/torch"]
+
+
+def test_a_recorded_step_is_estimated_with_gradients_for_every_caption_length():
+    config = presets.demo()
+    data = dataclasses.replace(config.data, max_caption_tokens=96)  # padded to 96, 64 or 32
+    peaks = {}
+    for graphs, workers in (("off", 1), ("auto", 1), ("auto", 2)):
+        train = dataclasses.replace(config.train, cuda_graphs=graphs)
+        scale = dataclasses.replace(config.scale, workers=workers)
+        peaks[graphs, workers] = estimate(dataclasses.replace(config, data=data, train=train, scale=scale), LATENT, 2)
+    plain, recorded = peaks["off", 1], peaks["auto", 1]
+    assert recorded.peak - plain.peak == 2 * plain.gradients > 0
+    assert peaks["auto", 2].peak < recorded.peak  # several ranks do not record

@@ -65,13 +65,32 @@ class Recorder:
 # ---- the thread
 
 
+def test_a_disk_that_is_full_for_the_last_lines_ends_the_writing_with_its_error():
+    sink = Recorder()
+    ended = threading.Event()
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with LogWriter([sink]) as writer:
+                sink.failing = True
+                writer.note("finished")
+                writer.close()
+        except UserError as error:
+            raised.append(error)
+        ended.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert ended.wait(20), "it waits for a thread that is gone"
+    assert "no space left" in str(raised[0])
+
+
 def test_everything_comes_in_order_from_one_thread_and_does_not_hold_the_caller():
     sink = Recorder()
     writer = LogWriter([sink])
     sink.open.clear()
     writer.note("a")
     writer.write([{"step": 1.0}], {})
-    writer.evaluated({"step": 1.0}, [])
 
     def entry() -> None:
         writer.note("of the entry")
@@ -82,7 +101,9 @@ def test_everything_comes_in_order_from_one_thread_and_does_not_hold_the_caller(
     assert sink.given == []
     sink.open.set()
     writer.flush()
-    assert sink.given == ["a", [1], ("evaluated", 1.0), "of the entry", "the entry", "b"]
+    assert sink.given == ["a", [1], "of the entry", "the entry", "b"]
+    writer.evaluated({"step": 1.0}, [])
+    assert sink.given[-1] == ("evaluated", 1.0)  # written when the call returns: a checkpoint may follow
     writer.close()
     writer.close()
     assert sink.given[-1] == "closed" and sink.threads == {"log-writer"}
@@ -211,7 +232,7 @@ def test_metrics_are_read_so_many_steps_late_and_no_later(tmp_path):
 
     class Look:
         def after_step(self, step: int, scalars: object) -> None:
-            time.sleep(0.02)
+            time.sleep(0.2)
             seen.append([steps[-1] for steps in sink.given if isinstance(steps, list)])
 
     go_on(tmp_path, 2, sinks=(sink,), hooks=(Look(),), log_every=3, max_steps=10)

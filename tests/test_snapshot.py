@@ -72,7 +72,7 @@ def late_snapshots(snapshots: Snapshots) -> LateStream:
 
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_snapshot_is_of_its_moment_and_the_next_step_waits_for_no_more_than_it_must(tmp_path, monkeypatch, staged):
-    monkeypatch.setattr(snapshot_module, "has_room", lambda device, size: staged)
+    monkeypatch.setattr(snapshot_module, "has_room", lambda *_: staged)
     run = make_run(tmp_path)
     advance(run)
     snapshots = Snapshots(run.model, run.optimizer)
@@ -101,7 +101,7 @@ def test_a_snapshot_is_of_its_moment_and_the_next_step_waits_for_no_more_than_it
 
 
 def test_a_snapshot_that_follows_at_once_does_not_overwrite_what_still_leaves_the_staging(tmp_path, monkeypatch):
-    monkeypatch.setattr(snapshot_module, "has_room", lambda device, size: True)
+    monkeypatch.setattr(snapshot_module, "has_room", lambda *_: True)
     run = make_run(tmp_path)
     advance(run)
     snapshots = Snapshots(run.model, run.optimizer)
@@ -223,6 +223,8 @@ def test_a_gpu_has_room_where_a_tenth_stays_free_beside_a_steps_peak(monkeypatch
     monkeypatch.setattr(side_stream_module.torch, "cuda", fake)
     assert has_room(torch.device("cuda"), size) == fits
     assert not has_room(torch.device("cpu"), size)
+    # A recorded step keeps what it left free.
+    assert has_room(torch.device("cuda"), size, is_recorded=True) == (free - size > 10)
 
 
 # ---- on a GPU
@@ -233,7 +235,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_gpus_snapshot_is_of_its_moment_though_steps_are_queued_behind_it(monkeypatch, staged):
-    monkeypatch.setattr(snapshot_module, "has_room", lambda device, size: staged)
+    monkeypatch.setattr(snapshot_module, "has_room", lambda *_: staged)
     net = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, device="cuda") for _ in range(4)))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
     snapshots = Snapshots(net, optimizer)

@@ -8,7 +8,6 @@ Shapes: F = B*T frames, N patches + CLS, D vision width, h heads, d = D / h, Q q
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,6 @@ from fvlm.errors import UserError
 from fvlm.model.blocks import (
     Blocks,
     VisionLayer,
-    autocast_dtype,
     block_query,
     last_keys_values,
     query_block,
@@ -142,16 +140,11 @@ def position_embeddings(learned_1ND: torch.Tensor, grid: tuple[int, int]) -> tor
     if grid == (side, side):
         return learned_1ND
     over_rows, over_columns = (_bicubic(side, length, learned_1ND.device) for length in grid)
-    # Products in float32, as the interpolation was: in half precision it would shift the positions.
-    with without_autocast(learned_1ND.device):
-        table = learned_1ND[0, 1:].float().unflatten(0, (side, side))  # [side, side, D]
-        table = torch.matmul(over_columns, table).transpose(0, 1)  # [columns, side, D]
-        table = torch.matmul(over_rows, table).transpose(0, 1)  # [rows, columns, D]
+    # In float64, which neither autocast nor TF32 touches: rounded to fewer bits, positions would shift.
+    table = learned_1ND[0, 1:].double().unflatten(0, (side, side))  # [side, side, D]
+    table = torch.matmul(over_columns, table).transpose(0, 1)  # [columns, side, D]
+    table = torch.matmul(over_rows, table).transpose(0, 1)  # [rows, columns, D]
     return torch.cat([learned_1ND[:, :1], table.flatten(0, 1)[None].to(learned_1ND.dtype)], dim=1)
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, enabled=False) if autocast_dtype(device) else contextlib.nullcontext()
 
 
 def _bicubic(source: int, target: int, device: torch.device) -> torch.Tensor:
@@ -159,4 +152,4 @@ def _bicubic(source: int, target: int, device: torch.device) -> torch.Tensor:
     points = torch.eye(source, device=device)[None, :, :, None]  # each source point alone, as a channel: [1, S, S, 1]
     with torch.no_grad():
         spread = F.interpolate(points, size=(target, 1), mode="bicubic", align_corners=False)  # [1, S, target, 1]
-    return spread[0, :, :, 0].t()
+    return spread[0, :, :, 0].t().double()

@@ -63,7 +63,7 @@ class Evaluation:
 
     Put it before the hook that saves: then a checkpoint implies the evaluation of its step. `decode` gives this rank's
     share of the batches of `clips`, decoded elsewhere; `long` is a context for what may take longer than a step.
-    `before` is called first, on all ranks: what the steps up to this one have to log is to be logged before it.
+    `before` is called first, on all ranks: metrics that were gathered for a log line are to be logged before it.
     A row of evals.jsonl:
 
     step                            finished steps

@@ -32,8 +32,8 @@ HEAD_BYTES = 256
 class HangWatch:
     """Ends this process when no step is finished for `scale.hang_s` seconds. A context, and a hook of the loop.
 
-    The host of a GPU counts a step as finished when it has handed it over, and waits when metrics are read; so a GPU
-    that hangs is seen up to `log_every` steps late. Measured cost of a step: 0.05 ms (NOTES.md).
+    The host of a GPU counts a step as finished when it has handed it over, and is at most two steps ahead
+    (`StepsAhead`); so a GPU that hangs is seen up to two steps late. Measured cost of a step: 0.05 ms (NOTES.md).
     """
 
     def __init__(self, config: Config, step: int, rank: int, world: int):

@@ -40,7 +40,9 @@ class LogWriter:
         self._each(lambda sink: sink.write(rows, latest))
 
     def evaluated(self, row: Row, pictures: list[Picture]) -> None:
+        """Return when it is written: a checkpoint that follows implies the evaluation of its step."""
         self._each(lambda sink: sink.evaluated(row, pictures))
+        self.flush()
 
     def note(self, text: str) -> None:
         self._each(lambda sink: sink.note(text))
@@ -64,7 +66,7 @@ class LogWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """After an error, return when everything before it is written; whoever logs the error comes later."""
-        if error is None:
+        if error is None or self._closed:  # closed: the thread is gone, and nobody would answer
             return
         try:
             self.flush()

@@ -87,10 +87,11 @@ class Logger:
         due = [step for step in self.run.metrics.gathered if step <= last_step]
         if not due:
             return
-        reads = [self.run.metrics.read() for _ in due]
-        self.run.clock.computed()  # it was waited for here, and not for data
-        speed = self._speed(sum(len(read.rows) for read in reads))
+        reads: list[Read] = []
         try:
+            reads += (self.run.metrics.read() for _ in due)  # what was read before an error is told of it below
+            self.run.clock.computed()  # it was waited for here, and not for data
+            speed = self._speed(sum(len(read.rows) for read in reads))
             while reads:
                 self._hand_on(reads[0], speed)
                 reads.pop(0)

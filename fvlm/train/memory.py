@@ -63,6 +63,8 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
     `scale.strategy` "shard" less of the weights and moments; gradients count whole, see `shard_decoder`. Does not
     communicate, so any rank may ask at any time.
     """
+    graphs = config.train.cuda_graphs
+    recorded = graphs == "on" or (graphs == "auto" and config.scale.workers == 1)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, init="random"),
@@ -89,7 +91,9 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
             optimizer_state = live.now - weights
             live.peak = live.now
             step(batch, 0)
-    need = Need(weights, optimizer_state, gradients, live.peak)
+    # Every caption length that is recorded keeps gradients of its own.
+    lengths = len(padded_lengths(config.data.max_caption_tokens)) if recorded else 1
+    need = Need(weights, optimizer_state, gradients, live.peak + (lengths - 1) * gradients)
     return of_one_rank(need, model, config.scale) if config.scale.workers > 1 else need
 
 
@@ -213,7 +217,8 @@ def warm_up(step: Step, latent_shape: tuple[int, int, int], latent_dtype: torch.
     config, device = step.config, step.model.q_static.device
     try:
         allocate_moments(step.optimizer)
-        for tokens, readings in itertools.product(padded_lengths(config.data.max_caption_tokens), (True, False)):
+        # All lengths with readings, then all without: the second time a length is met its step is recorded.
+        for readings, tokens in itertools.product((True, False), padded_lengths(config.data.max_caption_tokens)):
             mock_step(step, latent_shape, tokens, readings, latent_dtype)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error, "a mock step, before the first one", config, latent_shape) from error
@@ -221,7 +226,11 @@ def warm_up(step: Step, latent_shape: tuple[int, int, int], latent_dtype: torch.
     if device.type != "cuda":
         return line
     peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-    return f"{line}: {peak / GB:.1f} GB at its peak of {total / GB:.1f} GB, AdamW's moments included"
+    reserved = torch.cuda.max_memory_reserved(device)  # a recording keeps its own between replays
+    return (
+        f"{line}: {peak / GB:.1f} GB at its peak, {reserved / GB:.1f} taken from {total / GB:.1f} GB, "
+        "AdamW's moments included"
+    ) + (f". Steps are launched kernel by kernel: {step.refusal}" if step.refusal else "")
 
 
 def out_of_memory(

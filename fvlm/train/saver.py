@@ -15,6 +15,7 @@ import torch
 from fvlm.train.loop import Run, is_save_step
 from fvlm.train.metrics import Row, Scalars
 from fvlm.train.snapshot import Snapshot, Snapshots, give_shards
+from fvlm.train.step import is_recorded
 from fvlm.train.store import CheckpointStore, prune
 
 POLL_S = 0.5
@@ -65,8 +66,8 @@ class Saver:
         self._run, self._store, self._note, self._alive = run, store, note, alive
         self._pieces = 0
         """That were written and hashed so far; counted by the writer's thread alone."""
-        self._snapshots = Snapshots(run.model, run.optimizer)
         self._device = next(run.model.parameters()).device
+        self._snapshots = Snapshots(run.model, run.optimizer, is_recorded(run.config, self._device))
         self._writing: Writing | None = None
         self._newest = run.step
         self._news: Row = {}

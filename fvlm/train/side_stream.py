@@ -14,7 +14,7 @@ ALIGNMENT = 64
 PAGE = 4096
 PORTABLE = 1
 """cudaHostRegisterPortable: page-locked for every device."""
-SPARE = 0.1
+STAYS_FREE = 0.1
 """Share of a GPU's memory that stays free: allocations of an odd size split what there is."""
 
 
@@ -114,14 +114,14 @@ def timed(device: torch.device, work: Callable[[], object]) -> Hold:
     return CudaHold(begin, end)
 
 
-def has_room(device: torch.device, size: int) -> bool:
+def has_room(device: torch.device, size: int, is_recorded: bool = False) -> bool:
     """Whether `device` is a GPU that can spare `size` bytes for good, next to steps like those that it has done."""
     if device.type != "cuda":
         return False
     free, total = torch.cuda.mem_get_info(device)
-    # torch keeps what a step needed at its peak, and will need that again.
+    # torch keeps what a step needed at its peak, and will need that again. A recorded step keeps all that it had.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-    return free + max(kept, 0) - size > SPARE * total
+    return free + (0 if is_recorded else max(kept, 0)) - size > STAYS_FREE * total
 
 
 class Block:

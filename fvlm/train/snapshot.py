@@ -54,7 +54,8 @@ class Snapshot:
 class Snapshots:
     """Takes snapshots of one model and its optimizer, one at a time."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, is_recorded: bool = False):
+        self._is_recorded = is_recorded
         self._model, self._optimizer = model, optimizer
         self._device = next(model.parameters()).device
         self._stream: SideStream = CudaStream(self._device) if self._device.type == "cuda" else AtOnce()
@@ -146,7 +147,7 @@ class Snapshots:
         self._beside, self._others = Block(beside, pinned=on_gpu), Block(others, pinned=on_gpu)
         tensors = self._beside.tensors | self._others.tensors
         self._buffers = {name: tensors[name] for name in sources}
-        if has_room(self._device, self._beside.bytes.numel()):
+        if has_room(self._device, self._beside.bytes.numel(), self._is_recorded):
             with contextlib.suppress(torch.OutOfMemoryError):  # there is enough, but in pieces
                 self._staging = Block(beside, self._device)
 

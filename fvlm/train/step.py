@@ -46,11 +46,16 @@ class Step:
         self.losses_of = make_losses(config, model)
         self.average = GradientAverage(parameters_of(optimizer)).attach()
 
+    @property
+    def refusal(self) -> str:
+        """Why the step is not recorded as CUDA graphs although it was to be; "" otherwise."""
+        return str(getattr(self.losses_of.keywords["trained"], "refusal", ""))
+
     def __call__(self, batch: Batch, number: int) -> Scalars:
         return train_step(self.model, self.optimizer, batch, number, self.config, self.losses_of, self.average)
 
 
-def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
+def make_losses(config: Config, model: FoveatedVLM) -> functools.partial[Losses]:
     """`compute_losses`, or the same with compiled or recorded parts. Sets how the model runs its blocks."""
     device = model.q_static.device
     recorded = is_recorded(config, device)
@@ -68,7 +73,7 @@ def make_losses(config: Config, model: FoveatedVLM) -> Callable[..., Losses]:
         trained = torch.compile(trained_losses, fullgraph=True, dynamic=False)
         read = torch.compile(read_losses, fullgraph=True, dynamic=False)
     if recorded:
-        trained = RecordedLosses(trained)
+        trained = RecordedLosses(trained, required=config.train.cuda_graphs == "on")
     return functools.partial(compute_losses, trained=trained, read=read)
 
 
