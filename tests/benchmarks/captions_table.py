@@ -1,7 +1,7 @@
 """Memory and time of a captions table with many rows: `python tests/benchmarks/captions_table.py --rows 1000000`.
 
-Writes the table as CSV and as Parquet (with a column of 1 kB a row that nobody wants) into a temporary folder, and reads
-each in a process of its own: opening (with the search for duplicates), then all rows, a portion at a time.
+Writes the table as CSV and as Parquet (with a column of 1 kB a row that nobody wants) into a temporary folder, and
+reads each in a process of its own: opening (with the search for duplicates), then all rows, a portion at a time.
 """
 
 from __future__ import annotations
