@@ -28,6 +28,7 @@ from fvlm.data.synthetic import SMALLEST, write_videos
 from fvlm.data.tables import sha256_table
 from fvlm.data.video_files import NotFound, find_video
 from fvlm.errors import UserError
+from fvlm.train.step_lines import kept_lines, parsed_lines
 from ray_jobs.prepare import PrepareConfig
 from ray_jobs.prepare import prepare as run_prepare
 
@@ -256,6 +257,11 @@ def test_a_list_of_corrupt_clips_may_hold_line_ends_of_unicode(tmp_path: Path) -
     raw = json.loads(clip.to_json())
     written(tmp_path / CORRUPT, json.dumps(raw, ensure_ascii=False) + "\n")
     assert known_corrupt(tmp_path) == {Place(0, 0, 1): clip}
+
+
+def test_step_lines_may_hold_line_ends_of_unicode(tmp_path: Path) -> None:
+    path = written(tmp_path / "lines.jsonl", f'{{"step": 1, "clip": "x{SEPARATOR}y{NEXT_LINE}"}}\n{{"step": 2}}\n{{"st')
+    assert [row["step"] for row in parsed_lines(path, 9)] == [1, 2] and "".join(kept_lines(path, 1)).endswith('"}\n')
 
 
 def composed(form: str, *names: str) -> list[str]:
