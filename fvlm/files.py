@@ -89,3 +89,17 @@ def no_space_is_a_user_error(path: Path) -> Iterator[None]:
                 "What was complete before is untouched. Free some space and run the same command again."
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def unwritable_is_a_user_error(path: Path) -> Iterator[None]:
+    """Turn every OSError of what writes to `path` (or below it) into a UserError that names the path and the cure."""
+    try:
+        with no_space_is_a_user_error(path):
+            yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else path
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}: {where}). "
+            "Mend that (permissions, mount, a file in the way), or choose another place."
+        ) from error

@@ -91,7 +91,7 @@ def kill_in_the_middle(command: list[str], metrics: Path, step: int) -> None:
 
 
 def last_step(metrics: Path) -> int:
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
@@ -124,7 +124,7 @@ def show(config: Config, out: Path) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path} is missing: an earlier release made this run. Delete {path.parent}, or use --out.")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def scores(evaluation: dict[str, Any], name: str) -> str:

@@ -22,12 +22,16 @@ from fvlm.data import parts
 from fvlm.data.captions import Captions, Row
 from fvlm.data.latents import BlockTransform, LatentCodec, make_codec
 from fvlm.data.schema import DatasetSpec, Manifest
+from fvlm.data.tables import sha256_table
 from fvlm.errors import UserError
-from fvlm.files import sha256_file
-from ray_jobs.cli import run_command
+from fvlm.files import unwritable_is_a_user_error
+from ray_jobs.cli import raise_on_sigterm, run_command
 from ray_jobs.cluster import connect
 from ray_jobs.part_tasks import Rows, as_tasks, follow, print_table, unfinished
 from ray_jobs.paths import absolute, absolute_unless_name
+
+ROWS_AT_ONCE = 65536
+"""Rows of the table that are handed to the cluster together. Between two such portions it is idle for a few seconds."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,11 @@ class PrepareConfig:
     """Make a dataset out of videos and captions."""
 
     videos: Path
-    """Folder that the paths in the captions table start from."""
+    """Folder that the paths in the captions table start from. Names in the table that lead out of it (absolute paths
+    to another place, "..", URLs) are rejected."""
     captions: Path
-    """CSV or Parquet file with the columns video and caption, or WebVid's videoid and name (and page_dir)."""
+    """Table with the columns video and caption, or WebVid's videoid and name (and page_dir): a CSV file in UTF-8
+    (separated by commas, semicolons or tabs), a Parquet file, or a folder of Parquet files."""
     out: Path
     """Folder of the dataset."""
     num_frames: int = 24
@@ -97,14 +103,15 @@ def prepare(config: PrepareConfig) -> None:
     )
     _check(config)
     out = config.out
-    captions, spec = Captions(config.captions), _spec(config)
+    captions, spec = Captions(config.captions, config.videos), _spec(config)
     settings = spec.to_json() | {
         "clips_per_shard": config.clips_per_shard,
         "captions_rows": len(captions),
-        "captions_sha256": sha256_file(config.captions),
+        "captions_sha256": sha256_table(config.captions),
     }
-    parts.check_begun(out, settings)
-    manifest = parts.completed(out)
+    with unwritable_is_a_user_error(out):
+        parts.check_begun(out, settings)
+        manifest = parts.completed(out)
     if manifest:
         print(f"{out}: complete already, nothing to do", flush=True)
     else:
@@ -144,19 +151,35 @@ def _spec(config: PrepareConfig) -> DatasetSpec:
 
 
 def _prepare_parts(config: PrepareConfig, spec: DatasetSpec, captions: Captions, num_parts: int) -> None:
-    todo = unfinished(config.out, num_parts)
+    with unwritable_is_a_user_error(config.out):
+        todo = unfinished(config.out, num_parts)
     if not todo:
         return
+    with connect(address=config.address or None):
+        raise_on_sigterm()
+        follow(_results(config, spec, captions, todo), num_parts, num_parts - len(todo))
+
+
+def _items(config: PrepareConfig, captions: Captions, indices: list[int]) -> list[dict[str, Any]]:
+    """What `PartWorker` is given of each part of `indices`."""
     items = []
-    for index in todo:
+    for index in indices:
         rows = captions.rows(index * config.clips_per_shard, (index + 1) * config.clips_per_shard)
         items.append({"part": index, "rows": json.dumps([dataclasses.asdict(row) for row in rows])})
-    with connect(address=config.address or None):
-        follow(_results(config, spec, items), num_parts, num_parts - len(todo))
+    return items
 
 
-def _results(config: PrepareConfig, spec: DatasetSpec, items: list[dict[str, Any]]) -> Rows:
-    """Run all parts on the cluster: a row of figures for each, as it is done."""
+def _results(config: PrepareConfig, spec: DatasetSpec, captions: Captions, todo: list[int]) -> Rows:
+    """Run the parts `todo` on the cluster: a row of figures for each, as it is done.
+
+    The rows of a few parts at a time exist as Python objects and in Ray's store, however long the table is.
+    """
+    step = max(1, ROWS_AT_ONCE // config.clips_per_shard)
+    for first in range(0, len(todo), step):
+        yield from _run_parts(config, spec, _items(config, captions, todo[first : first + step]))
+
+
+def _run_parts(config: PrepareConfig, spec: DatasetSpec, items: list[dict[str, Any]]) -> Rows:
     if config.latents == BlockTransform.name:
         yield from as_tasks(PartWorker(config, spec, "cpu"), items, config.tasks, "prepare part")
         return
@@ -192,4 +215,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_on_sigterm()
     run_command(main)

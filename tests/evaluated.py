@@ -98,7 +98,7 @@ def go_on(
 
 
 def rows(config: Config) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.run_dir / EVALS).read_text().splitlines()]
+    return [json.loads(line) for line in (config.run_dir / EVALS).read_bytes().splitlines()]
 
 
 def losses(row: dict[str, Any]) -> dict[str, float]:

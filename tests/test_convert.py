@@ -248,7 +248,7 @@ def test_damage_of_every_kind_is_reported_and_stops_nothing_but_a_strict_run(clu
     done = cluster.convert(src, out, "--codec", "png", "--verify")
     assert done.returncode == 0, done.stderr
     assert not proof.exists()
-    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_bytes().splitlines()]
     assert {reject["clip_id"]: (reject["row"], reject["reason"]) for reject in rejects} == damaged
     for reject in rejects:
         assert reject["detail"].startswith(reject["clip_id"].split("/")[0] + ".pt")

@@ -185,7 +185,7 @@ def test_rows_and_the_log_line_have_mfu_where_there_is_a_meter(tmp_path):
     run = make_run(config)
     jsonl, samples, meter = JsonLines(config.run_dir, 0), Samples(config, 0, 0, 1), FlopMeter({5: 1e9}, 0.5)
     train(run, meter.of(samples.of(batches(1))), [Logger(run, [jsonl, Sink()], samples, meter=meter)])
-    rows = [json.loads(line) for line in (config.run_dir / METRICS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (config.run_dir / METRICS).read_bytes().splitlines()]
     assert ["train/mfu" in row for row in rows] == [False, True, False, True]
     for row, line in zip(rows[1::2], lines, strict=True):
         assert row["train/tflops"] == pytest.approx(2e9 / row["train/step_time"] / 1e12)

@@ -224,7 +224,7 @@ def test_the_whole_job_goes_on_with_the_old_trainers_numbers_and_imports_only_on
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints(folder)] == ["step-00000006", "step-00000012"]
 
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in rows] == [7, 8, 9, 10, 11, 12]
     assert_rows(rows, miniature.expected)
     assert [row["train/epoch"] for row in rows] == pytest.approx([n / 6 for n in range(1, 7)])

@@ -344,7 +344,7 @@ def of_one_rank(folder: Path, samples: bool) -> str:
 def test_all_ranks_give_up_after_the_same_step_with_the_same_words(tmp_path, ranks, samples):
     first, second = ranks.all(2, functools.partial(of_one_rank, tmp_path, samples))
     assert first == second and first.startswith("after 10: step 7 was skipped, number 3 in a row")
-    listed = [json.loads(line) for line in (tmp_path / "run" / SKIPPED).read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "run" / SKIPPED).read_bytes().splitlines()]
     assert [(line["step"], len(line["clips"])) for line in listed] == [(2, 2), (5, 2), (6, 2), (7, 2)]
 
 

@@ -137,7 +137,7 @@ def test_steps_that_a_lost_process_wrote_after_the_checkpoint_are_dropped(tmp_pa
     sink = JsonLines(tmp_path, step=5)
     sink.write([{"step": 6, "loss": 0.25}], {})
     sink.close()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["loss"] == 0.25
 

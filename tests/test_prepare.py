@@ -50,7 +50,7 @@ def prepare(videos: Path, captions: Path, out: Path, *more: str) -> subprocess.C
 
 
 def rejects(root: Path) -> dict[str, str]:
-    lines = (root / "rejects.jsonl").read_text().splitlines()
+    lines = (root / "rejects.jsonl").read_bytes().splitlines()
     return {reject["clip_id"]: reject["reason"] for reject in map(json.loads, lines)}
 
 
@@ -120,7 +120,7 @@ def test_twenty_steps_on_the_real_clips_lower_the_caption_loss(real: Done, tmp_p
         [sys.executable, "-m", "ray_jobs.train", "demo", *more], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_bytes().splitlines()]
     losses = [row["caption/loss_fine"] for row in rows]
     assert len(losses) == 20
     assert np.mean(losses[-2:]) < 0.8 * np.mean(losses[:2])  # two steps are one epoch: each clip once
@@ -248,7 +248,7 @@ def write_csv(path: Path, text: str) -> Path:
         ("video,caption\n", "no rows"),
         ("", "cannot be read"),
         (None, "no such file"),
-        ("video,caption\na.mp4,b,c\n", "cannot be read"),
+        ("video,caption\na.mp4,b,c\n", "line 2: 3 columns, but the header has 2"),
     ],
 )
 def test_a_captions_table_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, message: str) -> None:

@@ -268,7 +268,7 @@ def test_the_same_command_again_resumes_in_the_one_folder_that_it_has_made(video
     code, said = videos.shell(f"{videos.in_here(command.text)} {SMALL} --train.max-steps {videos.steps}")
     assert code == 0, said
     run = videos.project / "runs" / "joint_multifine"
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     assert steps == list(range(1, videos.steps + 1)) and f"step-{finished:08d}" in said
     assert [path.name for path in run.parent.iterdir()] == ["joint_multifine"]
     assert list(run.glob("wandb/offline-*"))  # what `wandb sync` is told to send

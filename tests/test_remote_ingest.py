@@ -221,7 +221,7 @@ def test_training_on_a_remote_dataset_from_the_first_step_to_the_last(proxy, opt
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "demo"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and all(np.isfinite(row["caption/loss_fine"]) for row in rows)
     retries = int(rows[-1]["ingest/retries"])
     assert retries > 0 and f", {retries} retries | " in (run / "train.log").read_text().splitlines()[-2]

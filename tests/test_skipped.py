@@ -144,7 +144,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     def refuse(name: str) -> None:
         raise ValueError(f"{path}: {name} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    return [json.loads(line, parse_constant=refuse) for line in path.read_bytes().splitlines()]
 
 
 def test_skipped_steps_are_counted_listed_with_their_clips_and_told(tmp_path):

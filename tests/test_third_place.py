@@ -183,7 +183,7 @@ def test_a_run_submitted_from_a_third_place_with_the_token_alone_trains_on_the_w
     assert done.stdout.splitlines()[-1] == "first-a1: SUCCEEDED"
 
     run = desk.shared / "runs" / "first"
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_bytes().splitlines()] == list(
         range(1, STEPS + 1)
     )
     assert finished_steps(run) == STEPS

@@ -227,7 +227,7 @@ def test_a_killed_run_has_each_evaluation_once_with_its_picture(killed):
     """It was killed past the first, and went on before it. That its losses are those of a run without evaluation is
     shown above."""
     folder, wanted = killed.training.folder, [EVAL_EVERY, 2 * EVAL_EVERY, STEPS]
-    rows = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "evals.jsonl").read_bytes().splitlines()]
     assert max(killed.saved_before) < EVAL_EVERY < killed.steps_before
     assert [row["step"] for row in rows] == wanted
     assert all(row["eval/clips"] == 8 and row["eval/caption/ratio"] > 0 for row in rows)

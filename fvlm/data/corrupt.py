@@ -129,7 +129,7 @@ def known_corrupt(run_dir: Path) -> dict[Place, CorruptClip]:
     """What a run folder's corrupt.jsonl lists, if there is one. Reads only. Raises UserError."""
     path = run_dir / CORRUPT
     try:
-        records = map(CorruptClip.from_json, _whole_lines(path).decode().splitlines())
+        records = (CorruptClip.from_json(line.decode()) for line in _whole_lines(path).splitlines())
         return {record.place: record for record in records}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a list of damaged clips ({error!r}). Restore it, or move it away.") from error

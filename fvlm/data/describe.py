@@ -75,7 +75,8 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
 def rejects(manifest: Manifest) -> list[str]:
     """The lines of the dataset's rejects.jsonl; none where somebody copied the dataset without it."""
     try:
-        return Storage(manifest.root).read_bytes(REJECTS).decode().splitlines()
+        # not str.splitlines, which ends a line at U+2028 in a video's name as well
+        return [line.decode() for line in Storage(manifest.root).read_bytes(REJECTS).splitlines()]
     except Damaged:
         return []
 

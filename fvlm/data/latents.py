@@ -45,9 +45,11 @@ def to_bits(latents: np.ndarray, dtype: LatentDtype) -> np.ndarray:
     """[T, ...] float32 -> [T, bytes] uint8, rounded to the nearest `dtype`."""
     if dtype == "float16":
         halves = latents.astype("<f2")
-    else:  # bfloat16 is the upper half of a float32; numpy has no such type, so round half to even by hand
-        words = np.ascontiguousarray(latents, "<f4").view("<u4").astype(np.uint64)
-        halves = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype("<u2")
+    else:  # numpy has no bfloat16
+        import torch
+
+        numbers = torch.from_numpy(np.array(latents, np.float32, order="C"))
+        halves = numbers.to(torch.bfloat16).view(torch.int16).numpy()
     return np.ascontiguousarray(halves).reshape(len(latents), -1).view(np.uint8)
 
 

@@ -21,14 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fvlm.data.captions import Row
 from fvlm.data.decode import encode_frame
-from fvlm.data.latents import LatentCodec
+from fvlm.data.latents import LatentCodec, from_bits
 from fvlm.data.schema import MANIFEST, REJECTS, DatasetSpec, EncodedClip, Manifest, ShardFile
 from fvlm.data.shards import ShardWriter, read_manifest, write_manifest
 from fvlm.data.video import RejectedVideo, read_clip
+from fvlm.data.video_files import NotFound, find_video
 from fvlm.errors import UserError
-from fvlm.files import TEMPORARY, write_atomic
+from fvlm.files import TEMPORARY, unwritable_is_a_user_error, write_atomic
 
 PARTS = "_parts"
 SETTINGS = "prepare.json"
@@ -75,7 +78,8 @@ def shard_path(root: Path, index: int) -> Path:
 def write_part(root: Path, index: int, spec: DatasetSpec, clips: Iterable[EncodedClip | Reject]) -> Part:
     """Make part `index` of the dataset in `root` out of `clips`, and record it. Holds one row group in memory.
 
-    Raises UserError when the disk is full, and whatever `clips` raises; then there is no record of this part.
+    Raises UserError when the disk is full or `root` cannot be written, and whatever `clips` raises; then there is no
+    record of this part.
     """
     rejects = []
     with contextlib.ExitStack() as stack:
@@ -88,7 +92,8 @@ def write_part(root: Path, index: int, spec: DatasetSpec, clips: Iterable[Encode
             writer = writer or stack.enter_context(ShardWriter(shard_path(root, index), spec))
             writer.add(clip)
     part = Part(writer.file if writer else None, tuple(rejects))
-    write_atomic(sidecar(root, index), part.to_json())
+    with unwritable_is_a_user_error(root):
+        write_atomic(sidecar(root, index), part.to_json())
     return part
 
 
@@ -103,21 +108,16 @@ def prepare_part(root: Path, videos: Path, index: int, rows: list[Row], spec: Da
 def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec) -> EncodedClip | Reject:
     if row.refused:
         return Reject(row.number, row.clip_id, *row.refused)
-    file = next((file for file in row.files if (videos / file).is_file()), None)
-    if file is None:
-        absent = f"no such file in the folder of videos: {' or '.join(row.files)}"
-        return Reject(row.number, row.clip_id, "missing", absent)
     try:
+        file = find_video(videos, row.files)
         frames, source = read_clip(videos / file, spec.num_frames, spec.frame_size, spec.resize)
-    except RejectedVideo as error:
+    except (NotFound, RejectedVideo) as error:
         return Reject(row.number, row.clip_id, error.reason, error.detail)
-    return EncodedClip(
-        row.clip_id,
-        row.caption,
-        [encode_frame(frame, spec) for frame in frames],
-        codec.encode(frames, row.clip_id),
-        {"video": file} | source,
-    )
+    latents = codec.encode(frames, row.clip_id)
+    if not np.isfinite(from_bits(latents, codec.dtype, codec.shape(spec.frame_size))).all():
+        return Reject(row.number, row.clip_id, "wrong latents", "latents hold NaN or infinity")
+    frame_bytes = [encode_frame(frame, spec) for frame in frames]
+    return EncodedClip(row.clip_id, row.caption, frame_bytes, latents, {"video": file} | source)
 
 
 @contextlib.contextmanager
@@ -125,14 +125,19 @@ def exclusive(root: Path) -> Iterator[None]:
     """Hold the dataset in `root` for this process alone.
 
     Sweeps up what killed processes left half-written, and at the end what ours did; and all, if no part came of it.
+    Raises UserError: another process holds it, or the folder cannot be made or written.
     """
-    (root / PARTS).mkdir(parents=True, exist_ok=True)
-    with (root / PARTS / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{root}: another preparation writes it. Wait for it, or take another --out.") from error
-        _sweep(root)
+    with contextlib.ExitStack() as stack:
+        with unwritable_is_a_user_error(root):
+            (root / PARTS).mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((root / PARTS / "lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{root}: another preparation writes it. Wait for it, or take another --out."
+                ) from error
+            _sweep(root)
         try:
             yield
         finally:
@@ -172,7 +177,8 @@ def check_begun(root: Path, settings: dict[str, Any]) -> None:
 
 
 def begin(root: Path, settings: dict[str, Any]) -> None:
-    write_atomic(root / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    with unwritable_is_a_user_error(root):
+        write_atomic(root / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def is_done(root: Path, index: int) -> bool:
@@ -207,11 +213,12 @@ def finish(root: Path, spec: DatasetSpec, num_parts: int, source: Path, unit: st
             f"{source}: none of its {len(rejects)} {unit} became a clip: {reasons} "
             f"(the first: {rejects[0].clip_id or 'row 0'}: {rejects[0].detail})."
         )
-    _sweep(root)
     lines = [json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
-    write_atomic(root / REJECTS, "".join(lines))
-    manifest = write_manifest(root, spec, files, len(rejects))
-    shutil.rmtree(root / PARTS)
+    with unwritable_is_a_user_error(root):
+        _sweep(root)
+        write_atomic(root / REJECTS, "".join(lines))
+        manifest = write_manifest(root, spec, files, len(rejects))
+        shutil.rmtree(root / PARTS)
     return manifest
 
 

@@ -30,7 +30,7 @@ from fvlm.data.schema import (
 )
 from fvlm.data.storage import Storage
 from fvlm.errors import Damaged, UserError
-from fvlm.files import TEMPORARY, fsync_dir, fsync_file, no_space_is_a_user_error, sha256_file, write_atomic
+from fvlm.files import TEMPORARY, fsync_dir, fsync_file, sha256_file, unwritable_is_a_user_error, write_atomic
 
 FOOTERS_CHECKED_AT_START = 64
 """A start opens at most this many shards, evenly spread; every shard is checked again when it is first read."""
@@ -57,14 +57,15 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         # Images and latents do not compress further (NOTES.md), so no codec; checksums catch every flipped byte.
-        self._writer = pq.ParquetWriter(
-            self._temporary,
-            self._schema,
-            compression="none",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-        )
+        with unwritable_is_a_user_error(self.path):
+            self._writer = pq.ParquetWriter(
+                self._temporary,
+                self._schema,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
+            )
         return self
 
     def add(self, clip: EncodedClip) -> None:
@@ -90,7 +91,7 @@ class ShardWriter:
         columns += [
             pa.array([clip.latents[t].tobytes() for clip in clips], latent) for t in range(self.spec.num_frames)
         ]
-        with no_space_is_a_user_error(self.path):
+        with unwritable_is_a_user_error(self.path):
             self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=len(clips))
         self._rows += len(clips)
 
@@ -100,18 +101,18 @@ class ShardWriter:
         try:
             if kind is None and self._pending:
                 self._write_row_group()
-            with no_space_is_a_user_error(self.path):
+            with unwritable_is_a_user_error(self.path):
                 self._writer.close()
-            if kind is None:
-                fsync_file(self._temporary)
-                self.file = ShardFile(
-                    self.path.name,
-                    self._rows,
-                    self._temporary.stat().st_size,
-                    sha256_file(self._temporary),
-                )
-                self._temporary.replace(self.path)
-                fsync_dir(self.path.parent)
+                if kind is None:
+                    fsync_file(self._temporary)
+                    self.file = ShardFile(
+                        self.path.name,
+                        self._rows,
+                        self._temporary.stat().st_size,
+                        sha256_file(self._temporary),
+                    )
+                    self._temporary.replace(self.path)
+                    fsync_dir(self.path.parent)
         finally:
             self._temporary.unlink(missing_ok=True)
 

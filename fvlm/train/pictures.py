@@ -12,7 +12,7 @@ from fvlm.train.sinks import METRICS
 
 def plot_curves(run_dir: Path, png: Path) -> None:
     """Loss and ratio curves of a run, from its metrics.jsonl. Ratios above 1 mean that fine beats coarse."""
-    rows = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (run_dir / METRICS).read_bytes().splitlines()]
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     for column, (name, title) in enumerate(

@@ -61,10 +61,11 @@ def parsed_lines(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if line.endswith("\n"):
-            yield line, row
+    with path.open() as lines:  # str.splitlines would end a line at U+2028 as well
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if line.endswith("\n"):
+                yield line, row

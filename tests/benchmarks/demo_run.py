@@ -41,7 +41,7 @@ def train(config: Config) -> list[dict[str, float]]:
     words = itertools.chain.from_iterable((f"--{key}", str(value)) for key, value in options.items())
     command = [sys.executable, "-m", "ray_jobs.train", "demo", *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1200)
-    return [json.loads(line) for line in (config.run_dir / METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (config.run_dir / METRICS).read_bytes().splitlines()]
 
 
 def laps(rows: list[dict[str, float]]) -> list[float]:
