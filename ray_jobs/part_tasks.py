@@ -27,10 +27,11 @@ def unfinished(out: Path, num_parts: int) -> list[int]:
     return todo
 
 
-def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str) -> Rows:
+def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str, retries: int = 3) -> Rows:
     """Run `work` on every item, `tasks` at a time (0: as many as there are CPUs): a row of figures as each is done.
 
-    name: of the tasks, in the dashboard
+    name:    of the tasks, in the dashboard
+    retries: of a task whose process ends; -1 for any number. Processes that Ray ends for want of memory do not count
     """
     dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one block, so one task, an item
 
@@ -38,7 +39,8 @@ def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str) -> 
         return work(batch)
 
     task.__name__ = name  # after which Ray Data calls them
-    done = dataset.map_batches(task, batch_size=1, compute=ray.data.TaskPoolStrategy(size=tasks or None), num_cpus=1)
+    pool = ray.data.TaskPoolStrategy(size=tasks or None)
+    done = dataset.map_batches(task, batch_size=1, compute=pool, num_cpus=1, max_retries=retries)
     yield from done.iter_rows()
 
 
@@ -52,6 +54,8 @@ def follow(rows: Rows, num_parts: int, done: int = 0) -> list[dict[str, Any]]:
         for row in rows:
             if row["error"]:
                 raise UserError(row["error"])
+            if row.get("note"):
+                print(row["note"], flush=True)
             progress.add(row["clips"])
             seen.append(row)
     return seen

@@ -1,6 +1,7 @@
 """Preparing a dataset part by part. A part is a fixed slice of the source and becomes one shard.
 
     prepare.json         settings and the source's hash, written first: what may be continued, and with what
+    _parts/00017.starts  part 17 was begun, this often, and not finished
     _parts/00017.json    part 17 is done: its entry for the manifest and what it rejected
     shard-00017.parquet  its clips (absent when it has none)
 
@@ -16,22 +17,30 @@ import fcntl
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fvlm.data.captions import Row
 from fvlm.data.decode import encode_frame
 from fvlm.data.latents import LatentCodec
-from fvlm.data.schema import MANIFEST, REJECTS, DatasetSpec, EncodedClip, Manifest, ShardFile
+from fvlm.data.read_alone import read_clip_alone
+from fvlm.data.schema import MANIFEST, REJECTS, DatasetSpec, EncodedClip, Manifest, ResizePolicy, ShardFile
 from fvlm.data.shards import ShardWriter, read_manifest, write_manifest
 from fvlm.data.video import RejectedVideo, read_clip
+from fvlm.data.video_file import check_file
 from fvlm.errors import UserError
 from fvlm.files import TEMPORARY, write_atomic
 
 PARTS = "_parts"
 SETTINGS = "prepare.json"
+MAX_DEATHS = 3
+"""Processes that a part may end before its videos are read in processes of their own."""
+
+ReadClip = Callable[[Path, int, int, ResizePolicy], tuple[np.ndarray, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -95,20 +104,44 @@ def write_part(root: Path, index: int, spec: DatasetSpec, clips: Iterable[Encode
 def prepare_part(root: Path, videos: Path, index: int, rows: list[Row], spec: DatasetSpec, codec: LatentCodec) -> Part:
     """Make part `index` of the dataset in `root` out of `rows` of the captions table.
 
-    Raises UserError (disk full, unreadable file).
+    A part that has ended its process MAX_DEATHS times, by its memory or a crash, gets each of its videos read in a
+    process of its own; then that of the video at fault ends, and the video becomes a reject.
+
+    Raises UserError: the disk is full, the videos are gone, or the part ends its process all the same.
     """
-    return write_part(root, index, spec, (_clip(row, videos, spec, codec) for row in rows))
+    deaths = count_deaths(root, index)
+    if deaths >= 2 * MAX_DEATHS:
+        _starts(root, index).unlink()
+        raise UserError(
+            f"{root}: part {index} (rows {rows[0].number} to {rows[-1].number} of the captions) ended its process "
+            f"{deaths} times, also with each video read in a process of its own. Free memory or give --tasks 1."
+        )
+    write_atomic(_starts(root, index), str(deaths + 1))
+    read = read_clip_alone if deaths >= MAX_DEATHS else read_clip
+    try:
+        return write_part(root, index, spec, (_clip(row, videos, spec, codec, read) for row in rows))
+    finally:
+        _starts(root, index).unlink(missing_ok=True)  # a process that was killed does not get here
 
 
-def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec) -> EncodedClip | Reject:
+def count_deaths(root: Path, index: int) -> int:
+    """How often part `index` was begun by a process that ended in it."""
+    try:
+        return int(_starts(root, index).read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def _starts(root: Path, index: int) -> Path:
+    return root / PARTS / f"{index:05d}.starts"
+
+
+def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec, read: ReadClip) -> EncodedClip | Reject:
     if row.refused:
         return Reject(row.number, row.clip_id, *row.refused)
-    file = next((file for file in row.files if (videos / file).is_file()), None)
-    if file is None:
-        absent = f"no such file in the folder of videos: {' or '.join(row.files)}"
-        return Reject(row.number, row.clip_id, "missing", absent)
     try:
-        frames, source = read_clip(videos / file, spec.num_frames, spec.frame_size, spec.resize)
+        file = _find(row, videos)
+        frames, source = read(videos / file, spec.num_frames, spec.frame_size, spec.resize)
     except RejectedVideo as error:
         return Reject(row.number, row.clip_id, error.reason, error.detail)
     return EncodedClip(
@@ -118,6 +151,30 @@ def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec) -> Enco
         codec.encode(frames, row.clip_id),
         {"video": file} | source,
     )
+
+
+def _find(row: Row, videos: Path) -> str:
+    """The first of `row.files` that exists. Raises RejectedVideo for the row, UserError when no video can be had."""
+    rejection = RejectedVideo("missing", "no such file")
+    for file in row.files:
+        try:
+            check_file(videos / file)
+            return file
+        except RejectedVideo as error:
+            rejection = error if rejection.reason == "missing" else rejection
+    if not _is_folder(videos):  # an unmounted disk must not make rejects of all that follow
+        raise UserError(f"--videos {videos}: the folder is gone. Bring it back and run the same command again.")
+    if rejection.reason == "missing":
+        absent = f"{rejection.detail} in the folder of videos: {' or '.join(row.files)}"
+        raise RejectedVideo("missing", absent) from rejection
+    raise rejection
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
