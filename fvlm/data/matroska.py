@@ -1,6 +1,6 @@
-"""The edges of a Matroska picture that its header hides (PixelCropTop and the like).
+"""What a Matroska header says and PyAV does not hand on: the file's length, and the edges of the picture to be hidden.
 
-FFmpeg reads them, but PyAV does not hand them on. Source: RFC 8794 (EBML), RFC 9559 (Matroska).
+Source: RFC 8794 (EBML), RFC 9559 (Matroska).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-SEGMENT, TRACKS, TRACK, VIDEO = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae", b"\xe0"
+EBML, SEGMENT, TRACKS, TRACK, VIDEO = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae", b"\xe0"
 TRACK_TYPE, IS_VIDEO = b"\x83", 1
 EDGES = (b"\x54\xbb", b"\x54\xaa", b"\x54\xcc", b"\x54\xdd")  # top, bottom, left, right
 HEADER_BYTES = 1 << 20
@@ -42,25 +42,38 @@ def hidden_edges(path: Path, container: InputContainer, stream: VideoStream) -> 
     return top, bottom, left, right
 
 
+def stated_bytes(head: bytes) -> int:
+    """Length of the file whose first bytes these are; 0 where it is another format, or its header does not say."""
+    if not head.startswith(EBML):
+        return 0
+    for identity, start, size in _elements(head):
+        if identity == SEGMENT:
+            return start + size if size is not None else 0
+    return 0
+
+
 def _children(data: bytes, wanted: bytes) -> Iterator[bytes]:
     """The contents of the elements `wanted` among those in `data`. One that is cut off is given as far as it goes."""
+    for identity, start, size in _elements(data):
+        if identity == wanted:
+            yield data[start : None if size is None else start + size]
+
+
+def _elements(data: bytes) -> Iterator[tuple[bytes, int, int | None]]:
+    """Of each element in `data`: its id, where its content begins, and how long it is (None: to the end)."""
     at = 0
     while at < len(data):
-        id_length = _length(data[at], 4)
-        identity = data[at : at + id_length]
-        at += id_length
-        if not id_length or at >= len(data):
+        identity_end = at + _length(data[at], 4)
+        if identity_end == at or identity_end >= len(data):
             return
-        size_length = _length(data[at], 8)
-        if not size_length:
+        start = identity_end + _length(data[identity_end], 8)
+        if start == identity_end:
             return
-        size = _number(data[at : at + size_length]) & ((1 << 7 * size_length) - 1)
-        at += size_length
-        if size == (1 << 7 * size_length) - 1:  # unknown: to the end
-            size = len(data) - at
-        if identity == wanted:
-            yield data[at : at + size]
-        at += size
+        bits = 7 * (start - identity_end)
+        size = _number(data[identity_end:start]) & ((1 << bits) - 1)
+        known = size != (1 << bits) - 1
+        yield data[at:identity_end], start, size if known else None
+        at = start + size if known else len(data)
 
 
 def _length(first: int, longest: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
+from fvlm.data import matroska
+
 RejectReason = Literal["missing", "unreadable", "unsupported", "damaged", "too few frames", "failed", "crashed"]
 
 MAX_PIXELS = 8192 * 8192
 """Larger pictures are refused: one decoder keeps up to 17 of them."""
+LIMITS = {"max_pixels": str(MAX_PIXELS)}
 NOT_VIDEO = {"tty", "bin", "adf", "idf", "xbin", "concat", "hls", "dash", "image2", "imf", "sdp", "rtsp"}
 """Demuxers that draw text as pictures, or read other files than the one that was named."""
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"<ASX", b"<asx", b"<smil", b"[playlist]", b"v=0")
@@ -76,10 +80,11 @@ def check_file(path: Path) -> None:
 
 
 def check_kind(path: Path) -> None:
-    """Raise RejectedVideo for a file that may not be read, is empty, or is of a kind that FFmpeg takes for another."""
+    """Raise RejectedVideo for what the first bytes show: no permission, an empty or cut file, another kind of file."""
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(4096)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise RejectedVideo("unreadable", f"may not be read ({error.strerror})") from error
     if not head:
@@ -88,16 +93,23 @@ def check_kind(path: Path) -> None:
         raise RejectedVideo("unsupported", "no video: a playlist or another text file")
     if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and head[20] & 2:
         raise RejectedVideo("unsupported", "an animated WebP, which FFmpeg cannot decode")
+    stated = matroska.stated_bytes(head)
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        stated = int.from_bytes(head[4:8], "little") + 8
+    if size < stated:
+        raise RejectedVideo("damaged", f"cut short: {stated:,} bytes long by its header, of which {size:,} are there")
 
 
 def open_video(path: Path) -> InputContainer:
-    """Open for demuxing. Tags need not be UTF-8. Raises RejectedVideo (no video), FFmpegError (damaged)."""
-    container = av.open(
-        str(path),
-        metadata_errors="replace",
-        options={"max_pixels": str(MAX_PIXELS)},
-        container_options={"protocol_whitelist": "file"},  # never the network
-    )
+    """Open for demuxing. Tags need not be UTF-8. Raises RejectedVideo, FFmpegError."""
+    try:
+        container = av.open(
+            str(path),
+            metadata_errors="replace",
+            container_options={"protocol_whitelist": "file"},  # never the network
+        )
+    except av.InvalidDataError as error:
+        raise RejectedVideo("damaged", f"FFmpeg finds no video in it ({error.strerror})") from error
     if NOT_VIDEO & set(container.format.name.split(",")):
         container.close()
         raise RejectedVideo("unsupported", f"no video: FFmpeg reads it as {container.format.long_name}")
@@ -151,6 +163,7 @@ def decoder_of(stream: VideoStream) -> VideoCodecContext:
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
         decoder = VideoCodecContext.create(ALPHA_DECODERS[decoder.name], "r")  # type: ignore[assignment]
     decoder.thread_count = 1
+    decoder.options = decoder.options | LIMITS
     return decoder
 
 
@@ -177,7 +190,7 @@ def decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.Video
     indexed = len(stream.index_entries)
     if "mov" in formats and packets < indexed:
         raise RejectedVideo("damaged", f"cut short: {packets} of {indexed} samples are in the file")
-    if "avi" in formats and stream.duration and stream.time_base:
+    if {"avi", "mxf"} & formats and stream.duration and stream.time_base:
         rate = float(stream.average_rate) if stream.average_rate else 0.0
         _check_length(float(stream.duration * stream.time_base), end_s, rate)
 
