@@ -27,11 +27,12 @@ def unfinished(out: Path, num_parts: int) -> list[int]:
     return todo
 
 
-def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str, retries: int = 3) -> Rows:
+def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str) -> Rows:
     """Run `work` on every item, `tasks` at a time (0: as many as there are CPUs): a row of figures as each is done.
 
-    name:    of the tasks, in the dashboard
-    retries: of a task whose process ends; -1 for any number. Processes that Ray ends for want of memory do not count
+    name: of the tasks, in the dashboard
+
+    A task whose process ends is begun again by Ray, any number of times: `parts.write_part` counts them.
     """
     dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one block, so one task, an item
 
@@ -39,8 +40,7 @@ def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str, ret
         return work(batch)
 
     task.__name__ = name  # after which Ray Data calls them
-    pool = ray.data.TaskPoolStrategy(size=tasks or None)
-    done = dataset.map_batches(task, batch_size=1, compute=pool, num_cpus=1, max_retries=retries)
+    done = dataset.map_batches(task, batch_size=1, compute=ray.data.TaskPoolStrategy(size=tasks or None), num_cpus=1)
     yield from done.iter_rows()
 
 

@@ -169,7 +169,7 @@ def _prepare_parts(config: PrepareConfig, spec: DatasetSpec, captions: Captions,
 def _results(config: PrepareConfig, spec: DatasetSpec, items: list[dict[str, Any]]) -> Rows:
     """Run all parts on the cluster: a row of figures for each, as it is done."""
     if config.latents == BlockTransform.name:
-        yield from as_tasks(PartWorker(config, spec, "cpu"), items, config.tasks, "prepare part", retries=-1)
+        yield from as_tasks(PartWorker(config, spec, "cpu"), items, config.tasks, "prepare part")
         return
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = config.tasks or gpus or int(ray.cluster_resources()["CPU"])

@@ -84,11 +84,11 @@ def shard_path(root: Path, index: int) -> Path:
 def write_part(root: Path, index: int, spec: DatasetSpec, clips: Iterable[EncodedClip | Reject]) -> Part:
     """Make part `index` of the dataset in `root` out of `clips`, and record it. Holds one row group in memory.
 
-    Raises UserError when the disk is full, and whatever `clips` raises; then there is no record of this part.
+    Raises UserError when the disk is full or the part ends its process again and again, and whatever `clips` raises;
+    then there is no record of this part.
     """
-    rejects = []
-    with contextlib.ExitStack() as stack:
-        writer = None
+    with _counted(root, index), contextlib.ExitStack() as stack:
+        rejects, writer = [], None
         for clip in clips:
             if isinstance(clip, Reject):
                 rejects.append(clip)
@@ -101,27 +101,36 @@ def write_part(root: Path, index: int, spec: DatasetSpec, clips: Iterable[Encode
     return part
 
 
+@contextlib.contextmanager
+def _counted(root: Path, index: int) -> Iterator[None]:
+    """Note that part `index` is begun, and take the note back at the end, which a process that dies does not reach.
+
+    Raises UserError for a part that has ended twice MAX_DEATHS processes; the next try counts anew.
+    """
+    deaths, starts = count_deaths(root, index), _starts(root, index)
+    if deaths >= 2 * MAX_DEATHS:
+        starts.unlink()
+        raise UserError(
+            f"{root}: part {index} ended its process {deaths} times, by its memory or a crash. "
+            "Free some memory, or give --tasks 1, and run the same command again."
+        )
+    write_atomic(starts, str(deaths + 1))
+    try:
+        yield
+    finally:
+        starts.unlink(missing_ok=True)
+
+
 def prepare_part(root: Path, videos: Path, index: int, rows: list[Row], spec: DatasetSpec, codec: LatentCodec) -> Part:
     """Make part `index` of the dataset in `root` out of `rows` of the captions table.
 
     A part that has ended its process MAX_DEATHS times, by its memory or a crash, gets each of its videos read in a
     process of its own; then that of the video at fault ends, and the video becomes a reject.
 
-    Raises UserError: the disk is full, the videos are gone, or the part ends its process all the same.
+    Raises UserError: the videos are gone, and what `write_part` raises.
     """
-    deaths = count_deaths(root, index)
-    if deaths >= 2 * MAX_DEATHS:
-        _starts(root, index).unlink()
-        raise UserError(
-            f"{root}: part {index} (rows {rows[0].number} to {rows[-1].number} of the captions) ended its process "
-            f"{deaths} times, also with each video read in a process of its own. Free memory or give --tasks 1."
-        )
-    write_atomic(_starts(root, index), str(deaths + 1))
-    read = read_clip_alone if deaths >= MAX_DEATHS else read_clip
-    try:
-        return write_part(root, index, spec, (_clip(row, videos, spec, codec, read) for row in rows))
-    finally:
-        _starts(root, index).unlink(missing_ok=True)  # a process that was killed does not get here
+    read = read_clip_alone if count_deaths(root, index) >= MAX_DEATHS else read_clip
+    return write_part(root, index, spec, (_clip(row, videos, spec, codec, read) for row in rows))
 
 
 def count_deaths(root: Path, index: int) -> int:
