@@ -31,6 +31,8 @@ def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str) -> 
     """Run `work` on every item, `tasks` at a time (0: as many as there are CPUs): a row of figures as each is done.
 
     name: of the tasks, in the dashboard
+
+    A task whose process ends is begun again by Ray, any number of times: `parts.write_part` counts them.
     """
     dataset = ray.data.from_items(items, override_num_blocks=len(items))  # one block, so one task, an item
 
@@ -52,6 +54,8 @@ def follow(rows: Rows, num_parts: int, done: int = 0) -> list[dict[str, Any]]:
         for row in rows:
             if row["error"]:
                 raise UserError(row["error"])
+            if row.get("note"):
+                print(row["note"], flush=True)
             progress.add(row["clips"])
             seen.append(row)
     return seen

@@ -81,14 +81,25 @@ class PartWorker:
         A UserError travels as a value: as an exception it would arrive under pages of Ray's own traces.
         """
         index, rows = int(batch["part"][0]), [Row(**row) for row in json.loads(batch["rows"][0])]
-        result = {"clips": [0], "error": [""]}
+        result: dict[str, Any] = {"clips": [0], "error": [""], "note": [""]}
+        deaths = parts.count_deaths(self.config.out, index)
         try:
             self.codec = self.codec or make_codec(self.config.latents, self.device)
             part = parts.prepare_part(self.config.out, self.config.videos, index, rows, self.spec, self.codec)
             result["clips"] = [part.file.rows if part.file else 0]
+            if deaths >= parts.MAX_DEATHS:
+                result["note"] = [_note(index, deaths, part)]
         except UserError as error:
             result["error"] = [str(error)]
         return result
+
+
+def _note(index: int, deaths: int, part: parts.Part) -> str:
+    crashed = ", ".join(reject.clip_id for reject in part.rejects if reject.reason == "crashed")
+    return (
+        f"part {index} ended its process {deaths} times, so each of its videos was read in a process of its own: "
+        f"{f'rejected for ending that, too: {crashed}' if crashed else 'none of them ended that'}"
+    )
 
 
 def prepare(config: PrepareConfig) -> None:

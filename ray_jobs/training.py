@@ -15,7 +15,6 @@ import torch
 
 import fvlm
 from fvlm.batch import Batch
-from fvlm.checks.machine import Machine
 from fvlm.config import Config
 from fvlm.data.collate import Collator
 from fvlm.data.corrupt import CORRUPT
@@ -46,6 +45,7 @@ from fvlm.train.spill import GpuMemory, SlowdownWatch, slow_mock_step
 from fvlm.train.step import Step, compile_kind
 from fvlm.train.store import CheckpointStore
 from fvlm.train.wandb_sink import Wandb
+from fvlm.wsl2 import is_wsl2
 from ray_jobs.agreement import StopAgreement
 from ray_jobs.evaluation import decoded
 from ray_jobs.feed import Feed
@@ -226,7 +226,7 @@ def look_at_speed(
         return []
     flops = clips_of_a_rank(step.config) * meter.by_length[step.config.data.max_caption_tokens]
     memory = GpuMemory.now(step.model.q_static.device)
-    slow = slow_mock_step(seconds, flops, meter.peak_tflops, memory, Machine().is_wsl2)
+    slow = slow_mock_step(seconds, flops, meter.peak_tflops, memory, is_wsl2())
     return [slow] if slow else []
 
 
@@ -234,7 +234,7 @@ def make_sinks(config: Config, step: int, device: torch.device) -> list[Sink]:
     log = TrainLog(config.run_dir, config.train.max_steps)
     sinks: list[Sink] = [log, JsonLines(config.run_dir, step), RayMetrics(config.run_name)]
     if device.type == "cuda":
-        sinks.append(SlowdownWatch(log.note, functools.partial(GpuMemory.now, device), Machine().is_wsl2))
+        sinks.append(SlowdownWatch(log.note, functools.partial(GpuMemory.now, device), is_wsl2()))
     if config.log.wandb != "off":
         sinks.append(Wandb(config, log.note, [Path(file).parent for file in (fvlm.__file__, __file__)]))
     return sinks

@@ -28,11 +28,12 @@ LAYERS = {
     "presets": {"errors", "config"},
     "batch": {"errors"},
     "ranks": set(),
+    "wsl2": set(),
     "model": {"errors", "files", "config", "batch", "ranks"},
     "data": {"errors", "files", "config", "batch"},
-    "train": {"errors", "files", "config", "batch", "ranks", "model", "data"},
+    "train": {"errors", "files", "config", "batch", "ranks", "wsl2", "model", "data"},
     "convert": {"errors", "files", "config", "presets", "batch", "model", "data", "train"},
-    "checks": {"errors", "files", "config", "batch", "model", "data", "train"},
+    "checks": {"errors", "files", "config", "batch", "wsl2", "model", "data", "train"},
 }
 
 

@@ -9,11 +9,11 @@ import torch
 from doctor_cases import WSL2_VERSION, copied_root, require
 from tiny_run import LATENT, make_config, make_run
 
-from fvlm.checks.machine import Machine
 from fvlm.checks.software import look_at_gpus
 from fvlm.train.flops import FlopMeter
 from fvlm.train.memory import mock_step_seconds
 from fvlm.train.spill import FIRST_LINES, GpuMemory, SlowdownWatch, slow_mock_step, usable
+from fvlm.wsl2 import is_wsl2
 from ray_jobs.training import look_at_speed
 
 GB = 10**9
@@ -26,7 +26,7 @@ def test_under_wsl2_more_is_left_free():
     assert usable(10 * GB, wsl2=False) == 9 * GB
     assert usable(10 * GB, wsl2=True) == 7_500_000_000
     assert usable(GB, wsl2=True) == 0
-    assert usable(10 * GB) == usable(10 * GB, Machine().is_wsl2)
+    assert usable(10 * GB) == usable(10 * GB, is_wsl2())
 
 
 def mock(seconds: float, memory: GpuMemory = FULL, peak: float | None = 100.0, wsl2: bool = True) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fvlm.checks.finding import Finding, gb
+from fvlm.wsl2 import is_wsl2
 
 WINDOWS_DRIVES = ("9p", "drvfs")
 """File systems through which WSL2 sees the drives of Windows."""
@@ -18,11 +19,6 @@ FEWEST_OPEN_FILES = 4096
 """Below this Ray warns: each worker process costs the raylet several."""
 COMMIT_STRICTLY = 2
 """Value of vm.overcommit_memory."""
-
-NO_FALLBACK = (
-    'NVIDIA Control Panel of Windows, Manage 3D settings, "CUDA - Sysmem Fallback Policy": "Prefer No Sysmem Fallback"'
-)
-"""Where Windows is told that a GPU whose memory is full shall fail, and not go on in system memory."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Machine:
 
     @property
     def is_wsl2(self) -> bool:
-        return "microsoft" in self.kernel.lower()
+        return is_wsl2(self.kernel)
 
     def mounts(self) -> list[Mount]:
         fields = [line.split() for line in self.read("proc/mounts").splitlines()]

@@ -14,7 +14,8 @@ from packaging.version import InvalidVersion, Version
 
 import fvlm
 from fvlm.checks.finding import Finding, gb
-from fvlm.checks.machine import NO_FALLBACK, Machine
+from fvlm.checks.machine import Machine
+from fvlm.wsl2 import NO_FALLBACK
 
 PROJECT = Path(fvlm.__file__).resolve().parents[1]
 CONSTRAINTS = "constraints.txt"

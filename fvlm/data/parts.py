@@ -1,6 +1,7 @@
 """Preparing a dataset part by part. A part is a fixed slice of the source and becomes one shard.
 
     prepare.json         settings and the source's hash, written first: what may be continued, and with what
+    _parts/00017.starts  part 17 was begun, this often, and not finished
     _parts/00017.json    part 17 is done: its entry for the manifest and what it rejected
     shard-00017.parquet  its clips (absent when it has none)
 
@@ -16,7 +17,7 @@ import fcntl
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ import numpy as np
 from fvlm.data.captions import Row
 from fvlm.data.decode import encode_frame
 from fvlm.data.latents import LatentCodec, from_bits
-from fvlm.data.schema import MANIFEST, REJECTS, DatasetSpec, EncodedClip, Manifest, ShardFile
+from fvlm.data.read_alone import read_clip_alone
+from fvlm.data.schema import MANIFEST, REJECTS, DatasetSpec, EncodedClip, Manifest, ResizePolicy, ShardFile
 from fvlm.data.shards import ShardWriter, read_manifest, write_manifest
 from fvlm.data.video import RejectedVideo, read_clip
 from fvlm.data.video_files import NotFound, find_video
@@ -35,6 +37,10 @@ from fvlm.files import TEMPORARY, unwritable_is_a_user_error, write_atomic
 
 PARTS = "_parts"
 SETTINGS = "prepare.json"
+MAX_DEATHS = 3
+"""Processes that a part may end before its videos are read in processes of their own."""
+
+ReadClip = Callable[[Path, int, int, ResizePolicy], tuple[np.ndarray, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,11 @@ def shard_path(root: Path, index: int) -> Path:
 def write_part(root: Path, index: int, spec: DatasetSpec, clips: Iterable[EncodedClip | Reject]) -> Part:
     """Make part `index` of the dataset in `root` out of `clips`, and record it. Holds one row group in memory.
 
-    Raises UserError when the disk is full or `root` cannot be written, and whatever `clips` raises; then there is no
-    record of this part.
+    Raises UserError when the disk is full, `root` cannot be written or the part ends its process again and again, and
+    whatever `clips` raises; then there is no record of this part.
     """
-    rejects = []
-    with contextlib.ExitStack() as stack:
-        writer = None
+    with _counted(root, index), contextlib.ExitStack() as stack:
+        rejects, writer = [], None
         for clip in clips:
             if isinstance(clip, Reject):
                 rejects.append(clip)
@@ -97,20 +102,56 @@ def write_part(root: Path, index: int, spec: DatasetSpec, clips: Iterable[Encode
     return part
 
 
+@contextlib.contextmanager
+def _counted(root: Path, index: int) -> Iterator[None]:
+    """Note that part `index` is begun, and take the note back at the end, which a process that dies does not reach.
+
+    Raises UserError for a part that has ended twice MAX_DEATHS processes; the next try counts anew.
+    """
+    deaths, starts = count_deaths(root, index), _starts(root, index)
+    if deaths >= 2 * MAX_DEATHS:
+        starts.unlink()
+        raise UserError(
+            f"{root}: part {index} ended its process {deaths} times, by its memory or a crash. "
+            "Free some memory, or give --tasks 1, and run the same command again."
+        )
+    write_atomic(starts, str(deaths + 1))
+    try:
+        yield
+    finally:
+        starts.unlink(missing_ok=True)
+
+
 def prepare_part(root: Path, videos: Path, index: int, rows: list[Row], spec: DatasetSpec, codec: LatentCodec) -> Part:
     """Make part `index` of the dataset in `root` out of `rows` of the captions table.
 
-    Raises UserError (disk full, unreadable file).
+    A part that has ended its process MAX_DEATHS times, by its memory or a crash, gets each of its videos read in a
+    process of its own; then that of the video at fault ends, and the video becomes a reject.
+
+    Raises UserError: the videos are gone, and what `write_part` raises.
     """
-    return write_part(root, index, spec, (_clip(row, videos, spec, codec) for row in rows))
+    read = read_clip_alone if count_deaths(root, index) >= MAX_DEATHS else read_clip
+    return write_part(root, index, spec, (_clip(row, videos, spec, codec, read) for row in rows))
 
 
-def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec) -> EncodedClip | Reject:
+def count_deaths(root: Path, index: int) -> int:
+    """How often part `index` was begun by a process that ended in it."""
+    try:
+        return int(_starts(root, index).read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def _starts(root: Path, index: int) -> Path:
+    return root / PARTS / f"{index:05d}.starts"
+
+
+def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec, read: ReadClip) -> EncodedClip | Reject:
     if row.refused:
         return Reject(row.number, row.clip_id, *row.refused)
     try:
-        file = find_video(videos, row.files)
-        frames, source = read_clip(videos / file, spec.num_frames, spec.frame_size, spec.resize)
+        file = _find(row, videos)
+        frames, source = read(videos / file, spec.num_frames, spec.frame_size, spec.resize)
     except (NotFound, RejectedVideo) as error:
         return Reject(row.number, row.clip_id, error.reason, error.detail)
     latents = codec.encode(frames, row.clip_id)
@@ -118,6 +159,25 @@ def _clip(row: Row, videos: Path, spec: DatasetSpec, codec: LatentCodec) -> Enco
         return Reject(row.number, row.clip_id, "wrong latents", "latents hold NaN or infinity")
     frame_bytes = [encode_frame(frame, spec) for frame in frames]
     return EncodedClip(row.clip_id, row.caption, frame_bytes, latents, {"video": file} | source)
+
+
+def _find(row: Row, videos: Path) -> str:
+    """The row's file, as the disk spells it. Raises NotFound for the row, UserError when no video can be had."""
+    try:
+        return find_video(videos, row.files)
+    except NotFound:
+        if not _is_folder(videos):  # an unmounted disk must not make rejects of all that follow
+            raise UserError(
+                f"--videos {videos}: the folder is gone. Bring it back and run the same command again."
+            ) from None
+        raise
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
-from av.stream import Disposition
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from fvlm.data.decode import even_steps
+from fvlm.data.matroska import hidden_edges
+from fvlm.data.picture import HDR, View, orientation, pixel_aspect, square
 from fvlm.data.schema import ResizePolicy
+from fvlm.data.video_file import (
+    RejectedVideo,
+    candidates,
+    check_file,
+    check_kind,
+    decoded,
+    open_video,
+    scan_packets,
+    shown_stream,
+)
 from fvlm.errors import UserError
-
-RejectReason = Literal["missing", "damaged", "too few frames"]
-
-# libswscale scales and converts to RGB in one pass, straight from the decoder's planes (8 or 10 bits, any chroma);
-# Pillow would need a full-size RGB picture first. Its bicubic filter widens with the scale: shrinking does not alias.
-# The other flags ask for a result that does not depend on the processor, which a dataset with a fingerprint needs.
-SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-
-
-class RejectedVideo(Exception):
-    """This video cannot become a clip. `reason` is one of few, to be counted; `detail` is for people."""
-
-    def __init__(self, reason: RejectReason, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -46,88 +45,97 @@ def read_clip(path: Path, num_frames: int, frame_size: int, resize: ResizePolicy
     """`num_frames` frames at even steps from the first to the last that the video shows.
 
     The steps depend on the number of frames, and only decoding the whole video tells that for sure (and whether it is
-    damaged anywhere). So the container's own count is believed at first, and where it proves wrong (or, as in Matroska,
-    absent) the video is decoded a second time. Either way only the chosen frames are kept, already at their final
-    size: an hour of video takes no more memory than a second.
+    damaged anywhere). So a count is believed at first: the container's own, or where it has none (Matroska, MPEG-TS)
+    that of its packets, for which the file is read through but not decoded. Where the count proves wrong the video is
+    decoded a second time. Either way only the chosen frames are kept, already at their final size: an hour of video
+    takes no more memory than a second.
 
     resize: "short-side" scales the short side to `frame_size` S and crops the centre; "stretch" ignores proportions.
 
-    Returns frames [T, S, S, 3] uint8 RGB, upright also where the camera was turned, and what the file says: width and
-    height (as stored), frames, fps, duration_s, and the rotation (degrees counter-clockwise) that put it upright.
-    A file with several video streams gives its first; a cover picture does not count.
-    Raises RejectedVideo; UserError when the file may not be read.
+    Returns frames [T, S, S, 3] uint8 RGB, as a player shows them (turned and mirrored as the file says, high dynamic
+    range mapped to that of screens, transparency over black, edges that the container hides left out), and what the
+    file says: width and height (as stored), frames, fps, duration_s, the rotation (degrees counter-clockwise) that put
+    it upright, and where they apply `mirrored` (left to right, after the rotation), `hdr` ("PQ" or "HLG", what it was)
+    and `interlaced` (both fields are in the frames).
+    Of several video streams it is the one that a player shows; a cover picture does not count.
+
+    Raises RejectedVideo for whatever is wrong with this video.
     """
-    if not path.is_file():
-        raise RejectedVideo("missing", "no such file")
-    try:
-        video = _decode(path, None, num_frames, frame_size, resize)
+    check_file(path)
+    check_kind(path)
+    with _rejects():
+        index, believed = _choose(path)
+        video = _decode(path, index, believed, num_frames, frame_size, resize)
         if video.count < num_frames:
             raise RejectedVideo("too few frames", f"{video.count} frames; {num_frames} wanted")
         if video.count != video.believed:
-            video = _decode(path, video.count, num_frames, frame_size, resize)
-    except PermissionError as error:
-        raise UserError(f"{path}: may not be read ({error.strerror}). Change its permissions.") from error
+            video = _decode(path, index, video.count, num_frames, frame_size, resize)
+        return np.stack(video.frames), video.source
+
+
+@contextmanager
+def _rejects() -> Iterator[None]:
+    """Turn every error of the block into a RejectedVideo: one video never ends the work on the others."""
+    try:
+        yield
+    except (RejectedVideo, UserError):
+        raise
+    except MemoryError as error:  # FFmpeg's own as well
+        raise RejectedVideo("unsupported", "decoding it takes more memory than there is") from error
     except av.FFmpegError as error:
-        raise RejectedVideo("damaged", str(error.strerror or error)) from error
-    return np.stack(video.frames), video.source
+        # FFmpeg's numbers are those of the system, but decoders use them freely: "Operation not permitted" is damage.
+        raise RejectedVideo("damaged", f"FFmpeg cannot decode it ({error.strerror or error})") from error
+    except Exception as error:
+        raise RejectedVideo("failed", f"{type(error).__name__}: {error}") from error
 
 
-def _decode(path: Path, believed: int | None, num_frames: int, frame_size: int, resize: ResizePolicy) -> _Pass:
-    """Decode all of the video, as if it had `believed` frames (None: as many as its container says)."""
-    with av.open(str(path)) as container:
-        stream = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
-        if stream is None:
-            raise RejectedVideo("damaged", "no video stream in the file")
-        stream.codec_context.thread_count = 1  # the cores are busy with other videos
-        if believed is None:
-            believed = stream.frames
+def _choose(path: Path) -> tuple[int, int]:
+    """-> the index of the stream that a player shows, and the number of frames it is believed to have."""
+    with open_video(path) as container:
+        streams = candidates(container)
+        scan = None if all(stream.frames for stream in streams) else scan_packets(container)
+        stream = shown_stream(streams, scan)
+        return stream.index, stream.frames or (scan.packets[stream.index] if scan else 0)
+
+
+def _decode(path: Path, index: int, believed: int, num_frames: int, frame_size: int, resize: ResizePolicy) -> _Pass:
+    """Decode all of stream `index`, as if it had `believed` frames."""
+    with open_video(path) as container:
+        stream = next(stream for stream in container.streams.video if stream.index == index)
         steps = set(even_steps(believed, num_frames).tolist()) if believed >= num_frames else set()
+        view = View(frame_size, resize, pixel_aspect(stream.sample_aspect_ratio), hidden_edges(path, container, stream))
         scaler = VideoReformatter()
         frames: list[np.ndarray] = []
-        count, first = 0, None
-        for frame in container.decode(stream):  # in the order of presentation
-            if frame.is_corrupt:
-                raise RejectedVideo("damaged", f"the decoder marks frame {count} as corrupt")
+        count, first, interlaced = 0, None, False
+        for frame in decoded(container, stream):
             if count in steps:
-                frames.append(_square(frame, stream, scaler, frame_size, resize))
+                frames.append(square(frame, view, scaler))
             first = first or frame
+            interlaced = interlaced or frame.interlaced_frame
             count += 1
         source = _source(container, stream, first, count) if first else {}
+        if interlaced:
+            source["interlaced"] = True
     return _Pass(count, believed, frames, source)
 
 
-def _square(
-    frame: av.VideoFrame, stream: VideoStream, scaler: VideoReformatter, size: int, resize: ResizePolicy
-) -> np.ndarray:
-    """-> [S, S, 3] uint8 RGB, upright."""
-    width, height = size, size
-    if resize == "short-side":
-        shown = frame.width * float(stream.sample_aspect_ratio or 1)  # pixels need not be square
-        scale = size / min(shown, frame.height)
-        width, height = max(size, round(shown * scale)), max(size, round(frame.height * scale))
-    small = scaler.reformat(frame, width, height, "rgb24", interpolation=SCALER, threads=1)
-    top, left = (height - size) // 2, (width - size) // 2
-    pixels = small.to_ndarray()[top : top + size, left : left + size]
-    return np.ascontiguousarray(np.rot90(pixels, _rotation(frame) // 90))
-
-
-def _rotation(frame: av.VideoFrame) -> int:
-    """Quarter turns, in degrees counter-clockwise, that put the picture upright (from the file's display matrix)."""
-    return round(frame.rotation / 90) % 4 * 90
-
-
-def _source(
-    container: av.container.InputContainer, stream: VideoStream, first: av.VideoFrame, count: int
-) -> dict[str, Any]:
+def _source(container: InputContainer, stream: VideoStream, first: av.VideoFrame, count: int) -> dict[str, Any]:
     fps = float(stream.average_rate) if stream.average_rate else None
     duration = container.duration / av.time_base if container.duration else None
     if duration is None and fps:
         duration = count / fps
-    return {
+    turned = orientation(first)
+    source: dict[str, Any] = {
         "width": first.width,
         "height": first.height,
         "frames": count,
         "fps": fps and round(fps, 3),
         "duration_s": duration and round(duration, 3),
-        "rotation": _rotation(first),
+        "rotation": turned.rotation,
     }
+    # only where they apply, so that the bytes of ordinary videos' rows stay what they were
+    if turned.mirrored:
+        source["mirrored"] = True
+    if first.color_trc in HDR:
+        source["hdr"] = HDR[first.color_trc]
+    return source

@@ -38,7 +38,7 @@ def find_video(videos: Path, files: list[str]) -> str:
                 if error.errno == errno.ENAMETOOLONG:
                     why = "no such file in the folder of videos, the name is longer than the disk allows"
                 elif error.errno in (errno.EACCES, errno.EPERM):
-                    reason, why = "unreadable", "a folder on its path may not be entered"
+                    reason, why = "unreadable", f"{error.strerror}, a folder on its path may not be entered"
     raise NotFound(reason, f"{why}: {' or '.join(files)}")
 
 

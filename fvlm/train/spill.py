@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fvlm.checks.machine import NO_FALLBACK, Machine
 from fvlm.train.metrics import Row
 from fvlm.train.sinks import Picture
+from fvlm.wsl2 import NO_FALLBACK, is_wsl2
 
 GB = 1e9
 SPARE = 0.9
@@ -32,7 +32,7 @@ FIRST_LINES = 5
 
 def usable(free: int, wsl2: bool | None = None) -> int:
     """Bytes of the free memory that an estimate may fill. wsl2: None asks this machine."""
-    wsl2 = Machine().is_wsl2 if wsl2 is None else wsl2
+    wsl2 = is_wsl2() if wsl2 is None else wsl2
     return max(0, int(free * SPARE) - (WSL2_HEADROOM if wsl2 else 0))
 
 

@@ -1,0 +1,506 @@
+"""Videos of other people: each file of cases/videos with its right outcome, and the brothers of its kind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+from test_video import greys, write_video
+
+from fvlm.data import parts, video
+from fvlm.data.captions import Row
+from fvlm.data.latents import BlockTransform
+from fvlm.data.schema import DatasetSpec
+from fvlm.data.shards import check_shards, read_manifest
+from fvlm.data.video import RejectedVideo, read_clip
+from fvlm.errors import UserError
+
+CASES = Path(__file__).parent / "cases" / "videos"
+RED, GREEN, BLUE, YELLOW = (200, 20, 20), (20, 200, 20), (20, 20, 200), (200, 200, 20)
+CORNERS = ((10, 10), (10, 53), (53, 10), (53, 53))
+UPRIGHT = (RED, GREEN, BLUE, YELLOW)
+"""At the corners top left, top right, bottom left, bottom right."""
+
+
+def read(name: str, num_frames: int = 24, size: int = 64) -> tuple[np.ndarray, dict[str, object]]:
+    return read_clip(CASES / name, num_frames, size, "short-side")
+
+
+def rejection(path: Path, num_frames: int = 4) -> RejectedVideo:
+    with pytest.raises(RejectedVideo) as caught:
+        read_clip(path, num_frames, 64, "short-side")
+    return caught.value
+
+
+def corners(frame: np.ndarray) -> np.ndarray:
+    return np.array([frame[y, x] for y, x in CORNERS], int)
+
+
+def off(frame: np.ndarray, expected: tuple[tuple[int, int, int], ...] = UPRIGHT) -> int:
+    """The largest difference at the four corners."""
+    return int(np.abs(corners(frame) - expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [
+        ("ok.mp4", 32),
+        ("n24.mp4", 24),
+        ("meta_latin1.avi", 32),
+        ("meta_latin1.mp4", 32),
+        ("meta_sjis.mp4", 32),
+        ("thumb1_first.mp4", 32),
+        ("anim.avif", 32),
+        ("zero_samples.mov", 30),
+        ("pasp_1000_1.mp4", 32),
+        ("col_untagged709_hd.mp4", 26),
+        ("mkvcrop.mkv", 32),
+        ("whole.webm", 64),
+    ],
+)
+def test_these_become_clips_of_the_picture_as_it_was_drawn(name: str, frames: int) -> None:
+    clip, source = read(name)
+    assert source["frames"] == frames
+    assert all(off(frame) <= 3 for frame in clip)
+    greys = clip[:, 32, 32].astype(int).mean(1)
+    assert greys[0] < 20 and (np.diff(greys) > -3).all() and greys[-1] > 130  # a grey patch that grows lighter
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "detail"),
+    [
+        ("unknown_fourcc.mp4", "unsupported", "no decoder for codec"),
+        ("unknown_codecid.mkv", "unsupported", "no decoder for codec"),
+        ("damaged.gif", "damaged", "Operation not permitted"),
+        ("anim.webp", "unsupported", "animated WebP"),
+        ("encrypted.mp4", "unsupported", "encrypted"),
+        ("cut.webm", "damaged", "cut short"),
+        ("col_tag_ycgco.mp4", "unsupported", "no conversion to RGB from its colours"),
+    ],
+)
+def test_these_are_rejected_for_the_true_reason(name: str, reason: str, detail: str) -> None:
+    rejected = rejection(CASES / name)
+    assert rejected.reason == reason and detail in rejected.detail
+
+
+def test_text_is_no_video(shared_dir: Path) -> None:
+    path = shared_dir / "cases" / "videos" / "notes.txt"
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    rejected = rejection(path)
+    assert rejected.reason == "unsupported" and "no video" in rejected.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.m3u8", "#EXTM3U\n#EXTINF:1,\nok.mp4\n#EXT-X-ENDLIST\n"),
+        ("list.ffconcat", "ffconcat version 1.0\nfile ok.mp4\n"),
+        ("list.mp4", "\ufeff#EXTM3U\nhttp://127.0.0.1:9/a.ts\n"),
+        ("manifest.mpd", '<?xml version="1.0"?><MPD></MPD>'),
+    ],
+)
+def test_playlists_and_text_are_no_video_even_beside_the_video_that_they_name(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / "ok.mp4").symlink_to(CASES / "ok.mp4")
+    (tmp_path / name).write_text(content)
+    rejected = rejection(tmp_path / name)
+    assert rejected.reason == "unsupported" and "no video" in rejected.detail
+
+
+# Pictures as players show them
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("show_0h.mp4", (GREEN, RED, YELLOW, BLUE)), ("show_0v.mp4", (BLUE, YELLOW, RED, GREEN))],
+)
+def test_a_mirror_in_the_display_matrix_is_obeyed(name: str, expected: tuple[tuple[int, int, int], ...]) -> None:
+    clip, source = read(name)
+    assert all(off(frame, expected) <= 3 for frame in clip) and source["mirrored"] is True
+
+
+def drawn_upright() -> np.ndarray:
+    """[4, 64, 64, 3]: the four quadrants, for four frames."""
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:32, :32], picture[:32, 32:], picture[32:, :32], picture[32:, 32:] = UPRIGHT
+    return np.repeat(picture[None], 4, 0)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("mirror", [{}, {"hflip": True}, {"vflip": True}])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_all_eight_orientations_are_what_ffmpegs_autorotate_makes_of_them(
+    tmp_path: Path, suffix: str, degrees: int, mirror: dict[str, bool]
+) -> None:
+    """`degrees` counter-clockwise, then the mirroring, put the stored picture upright."""
+    path = tmp_path / f"turned.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1"})
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv444p"
+        stream.set_display_rotation(degrees, **mirror)
+        for frame in drawn_upright():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    clip, source = read_clip(path, 4, 64, "short-side")
+    shown = np.rot90(drawn_upright()[0], degrees // 90)
+    shown = shown[:, ::-1] if "hflip" in mirror else shown[::-1] if "vflip" in mirror else shown
+    assert np.abs(corners(clip[0]) - corners(shown)).max() <= 3
+    assert source.get("mirrored", False) is bool(mirror)
+
+
+@pytest.mark.parametrize(("name", "curve"), [("hdr_pq.mp4", "PQ"), ("hdr_hlg.mp4", "HLG")])
+def test_high_dynamic_range_keeps_its_colours_on_a_screen(name: str, curve: str) -> None:
+    clip, source = read(name)
+    patches = corners(clip[0])
+    assert (patches.max(1) - patches.min(1) >= 130).all()
+    assert ((patches > 100) == (np.array(UPRIGHT) > 100)).all() and source["hdr"] == curve
+
+
+@pytest.mark.parametrize("name", ["alpha_qtrle.mov", "alpha_vp9.webm"])
+def test_what_is_transparent_is_black_and_never_the_colour_below(name: str) -> None:
+    clip, _ = read(name)
+    assert all(off(frame, ((0, 0, 0),) * 4) <= 2 for frame in clip)
+    assert (np.abs(clip[-1].astype(int) - (255, 220, 0)).max(-1) < 10).any()  # the disc
+    # no magenta at its edge either, except where the file's own chroma, at half the resolution, holds both sides
+    assert (clip[..., 2] > 60).mean() < (0.03 if name.endswith("webm") else 1e-9)
+
+
+def test_an_opaque_picture_in_a_format_with_alpha_is_as_without(tmp_path: Path) -> None:
+    frames = drawn_upright()
+    for codec, pix_fmt in (("qtrle", "argb"), ("qtrle", "rgb24")):
+        with av.open(str(tmp_path / f"{pix_fmt}.mov"), "w") as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.height = stream.width = 64
+            stream.pix_fmt = pix_fmt
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix_fmt)))
+            container.mux(stream.encode())
+    with_alpha, without = (read_clip(tmp_path / f"{f}.mov", 4, 48, "short-side")[0] for f in ("argb", "rgb24"))
+    assert (with_alpha == without).all()
+
+
+def test_interlaced_video_is_noted(tmp_path: Path) -> None:
+    for name, options in (("interlaced", {"x264-params": "tff=1"}), ("progressive", {})):
+        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=25, options=options)
+            stream.height = stream.width = 64
+            stream.pix_fmt = "yuv420p"
+            for frame in greys(4, 64, 64):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    assert read_clip(tmp_path / "interlaced.mp4", 4, 64, "short-side")[1]["interlaced"] is True
+    assert "interlaced" not in read_clip(tmp_path / "progressive.mp4", 4, 64, "short-side")[1]
+
+
+@pytest.mark.parametrize("width", [1280, 640])
+def test_untagged_video_is_bt709_from_hd_on(tmp_path: Path, width: int) -> None:
+    """The same planes, said to be BT.709 or not: equal in HD only."""
+    height, clips = width * 9 // 16, []
+    planes = av.VideoFrame.from_ndarray(np.full((height, width, 3), (200, 60, 30), np.uint8), format="rgb24")
+    planes = planes.reformat(format="yuv420p")
+    for tag in (2, 1):
+        path = tmp_path / f"{tag}.mp4"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=25, options={"colorspace": str(tag)})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            planes.colorspace = tag
+            for pts in range(2):
+                planes.pts = pts
+                container.mux(stream.encode(planes))
+            container.mux(stream.encode())
+        clips.append(read_clip(path, 2, 32, "short-side")[0].astype(int))
+    assert bool(np.abs(clips[0] - clips[1]).max() <= 1) == (width == 1280)
+
+
+# Thin and huge pictures
+
+
+def peak_mb(path: Path, size: int) -> float:
+    """Peak memory of a process that reads 24 frames of `path`."""
+    code = (
+        "import resource, sys; from pathlib import Path; from fvlm.data.video import read_clip;"
+        "read_clip(Path(sys.argv[1]), 24, int(sys.argv[2]), 'short-side');"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(size)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+def test_a_thin_picture_takes_no_memory_to_speak_of() -> None:
+    # pages that the test process shares with its child until exec count in ru_maxrss of some kernels: a floor
+    floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for name in ("size_2x4096.mp4", "size_3000x1.mkv"):
+        assert peak_mb(CASES / name, 256) < max(500, floor + 100), name
+    clip, _ = read("size_2x4096.mp4", 32, 256)
+    expected = 10 + 6 * np.arange(32)  # the middle of the picture is the grey patch, 10 + 6 x frame
+    assert np.abs(clip.mean((1, 2, 3)) - expected).max() <= 2 and clip.std((1, 2, 3)).max() < 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 16), (16, 560), (1000, 34), (900, 6)])
+def test_cropping_before_scaling_gives_the_pixels_of_scaling_before_cropping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int
+) -> None:
+    from fvlm.data import picture
+
+    random = np.random.default_rng(0).integers(0, 255, (2, -(-height // 4), -(-width // 4), 3), np.uint8)
+    frames = random.repeat(4, 1).repeat(4, 2)[:, :height, :width]
+    path = write_video(tmp_path / "long.mp4", frames)
+    cropped, _ = read_clip(path, 2, 32, "short-side")
+    monkeypatch.setattr(picture, "MAX_ELONGATION", 10_000)
+    scaled, _ = read_clip(path, 2, 32, "short-side")
+    assert cropped.std() > 20 and np.abs(cropped.astype(int) - scaled).mean() < 2
+
+
+def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "huge.mov"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 9000, 8000, "yuvj420p"
+        huge = av.VideoFrame(9000, 8000, "yuvj420p")
+        for pts in range(2):
+            huge.pts = pts
+            container.mux(stream.encode(huge))
+        container.mux(stream.encode())
+    rejected = rejection(path, 2)
+    assert rejected.reason == "unsupported" and "pictures of 9000x8000 pixels" in rejected.detail
+
+
+# Streams, packets, and files that end too early
+
+
+def two_streams(path: Path, counts: tuple[int, int], default: int) -> Path:
+    """Two video streams of `counts` frames, 32 and 48 pixels wide; stream `default` has the flag."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for index, width in enumerate((32, 48)):
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = width, 32, "yuv420p"
+            stream.disposition = Disposition.default if index == default else Disposition(0)
+            streams.append(stream)
+        for stream, count in zip(streams, counts, strict=True):
+            for frame in greys(count, 32, stream.width):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("counts", "default", "width"),
+    [((8, 8), 1, 48), ((8, 8), 0, 32), ((1, 8), 0, 48), ((8, 1), 1, 32), ((0, 8), 0, 48)],
+)
+def test_the_stream_is_the_one_that_a_player_shows(
+    tmp_path: Path, suffix: str, counts: tuple[int, int], default: int, width: int
+) -> None:
+    _, source = read_clip(two_streams(tmp_path / f"two.{suffix}", counts, default), 8, 32, "short-side")
+    assert (source["width"], source["frames"]) == (width, 8)
+
+
+def test_matroska_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    decode = video._decode
+    monkeypatch.setattr(video, "_decode", lambda *args: passes.append(1) or decode(*args))
+    for suffix, codec in (("mkv", "libx264"), ("webm", "libvpx-vp9"), ("ts", "libx264")):
+        path = tmp_path / f"clip.{suffix}"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            for frame in greys(50, 64, 64):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        passes.clear()
+        assert read_clip(path, 8, 32, "short-side")[1]["frames"] == 50 and len(passes) == 1, suffix
+
+
+@pytest.mark.parametrize("share", [0.95, 0.5])
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("mkv", "libx264", {}),
+        ("webm", "libvpx-vp9", {}),
+        ("avi", "mpeg4", {}),
+        ("mp4", "libx264", {"movflags": "faststart"}),
+        ("mov", "mjpeg", {"movflags": "faststart"}),
+        ("mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}),
+        ("mxf", "mpeg2video", {}),
+    ],
+)
+def test_a_file_cut_short_is_damaged_and_no_shorter_clip(
+    tmp_path: Path, suffix: str, codec: str, options: dict[str, str], share: float
+) -> None:
+    path = tmp_path / f"whole.{suffix}"
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for _ in range(50):
+            noise = random.integers(0, 255, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(stream.encode())
+    assert read_clip(path, 4, 32, "short-side")[1]["frames"] == 50
+    cut = tmp_path / f"cut.{suffix}"
+    cut.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    assert rejection(cut).reason == "damaged"
+
+
+# One video never ends the work on the others
+
+SPEC = DatasetSpec(4, 32, "png", "short-side", BlockTransform.name, "float16", (4, 4, 4))
+
+
+def prepare_part(root: Path, videos: Path, *names: str) -> parts.Part:
+    (root / parts.PARTS).mkdir(parents=True, exist_ok=True)
+    rows = [Row(number, name, "a caption", [name]) for number, name in enumerate(names)]
+    return parts.prepare_part(root, videos, 0, rows, SPEC, BlockTransform())
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("ok.mp4", "n24.mp4"):
+        (folder / name).symlink_to(CASES / name)
+    return folder
+
+
+def test_a_name_longer_than_the_file_system_allows_is_missing(videos: Path, tmp_path: Path) -> None:
+    part = prepare_part(tmp_path / "out", videos, "ok.mp4", "x" * 300 + ".mp4", "n24.mp4")
+    assert part.file and part.file.rows == 2
+    assert [(reject.row, reject.reason) for reject in part.rejects] == [(1, "missing")]
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_what_may_not_be_entered_or_read_is_a_reject_with_the_systems_reason(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Not with chmod: the tests may run as root, who may enter everything."""
+    kept = getattr(Path, call)
+
+    def denied(self: Path, *args: object, **kwargs: object) -> object:
+        if self.name == "ok.mp4":
+            raise PermissionError(13, "Permission denied", str(self))
+        return kept(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, call, denied)
+    part = prepare_part(tmp_path / "out", videos, "ok.mp4", "n24.mp4")
+    assert part.file and part.file.rows == 1
+    (reject,) = part.rejects
+    assert (reject.clip_id, reject.reason) == ("ok.mp4", "unreadable") and "Permission denied" in reject.detail
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ValueError("odd"), "failed"), (MemoryError(), "unsupported"), (av.error.BugError(1, "a bug"), "damaged")],
+)
+def test_any_other_error_of_one_video_is_its_reject(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    decode = video._decode
+
+    def fails(path: Path, *args: object) -> object:
+        if path.name == "ok.mp4":
+            raise error
+        return decode(path, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(video, "_decode", fails)
+    part = prepare_part(tmp_path / "out", videos, "ok.mp4", "n24.mp4")
+    assert part.file and part.file.rows == 1
+    assert [(reject.clip_id, reject.reason) for reject in part.rejects] == [("ok.mp4", reason)]
+
+
+def test_a_folder_of_videos_that_is_gone_is_an_error_and_no_rejects(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the folder is gone"):
+        prepare_part(tmp_path / "out", tmp_path / "unmounted", "ok.mp4")
+    assert not list((tmp_path / "out" / parts.PARTS).iterdir())
+
+
+def test_one_command_over_all_of_them_gives_clips_and_rejects_and_no_traceback(tmp_path: Path) -> None:
+    names = sorted(path.name for path in CASES.iterdir())
+    (tmp_path / "t.csv").write_text("video,caption\n" + "".join(f"{name},a picture\n" for name in names))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "ray_jobs.prepare", "--videos", str(CASES), "--captions", str(tmp_path / "t.csv")]
+    command += ["--out", str(out), "--num-frames", "24", "--frame-size", "64", "--tasks", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stderr
+    rejects = {line["clip_id"]: line["reason"] for line in map(json.loads, (out / "rejects.jsonl").open())}
+    assert rejects == {
+        "anim.webp": "unsupported",
+        "col_tag_ycgco.mp4": "unsupported",
+        "cut.webm": "damaged",
+        "damaged.gif": "damaged",
+        "encrypted.mp4": "unsupported",
+        "unknown_codecid.mkv": "unsupported",
+        "unknown_fourcc.mp4": "unsupported",
+    }
+    manifest = read_manifest(out)
+    assert manifest.num_clips == len(names) - len(rejects)
+    check_shards(manifest)
+
+
+# Videos that end the process that reads them
+
+KILLER = """
+import os, sys
+
+def end(event, args):
+    if event == "open" and str(args[0]).endswith("killer.mp4"):
+        os.kill(os.getpid(), 9)
+
+sys.addaudithook(end)
+"""
+
+
+def test_the_video_that_kills_its_worker_is_found_and_rejected_and_the_others_are_kept(
+    videos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(KILLER)  # every Python process that opens it ends at once
+    (videos / "killer.mp4").symlink_to(CASES / "ok.mp4")
+    (videos / "whole.webm").symlink_to(CASES / "whole.webm")
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("video,caption\nok.mp4,a\nkiller.mp4,b\nn24.mp4,c\nwhole.webm,d\n")
+    command = [sys.executable, "-m", "ray_jobs.prepare", "--videos", str(videos), "--captions", str(table)]
+    command += ["--out", str(out), "--num-frames", "4", "--frame-size", "32", "--tasks", "1"]
+    paths = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=150, env=os.environ | {"PYTHONPATH": paths}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (reject,) = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())
+    assert (reject["clip_id"], reject["reason"]) == ("killer.mp4", "crashed") and "SIGKILL" in reject["detail"]
+    assert "clips             3" in done.stdout and "Traceback" not in done.stderr
+    assert f"part 0 ended its process {parts.MAX_DEATHS} times" in done.stdout and "too: killer.mp4" in done.stdout
+
+
+def test_a_video_read_alone_is_the_same_clip_and_the_same_reject() -> None:
+    from fvlm.data.read_alone import read_clip_alone
+
+    here, there = (f(CASES / "ok.mp4", 24, 64, "short-side") for f in (read_clip, read_clip_alone))
+    assert (here[0] == there[0]).all() and here[1] == there[1]
+    with pytest.raises(RejectedVideo) as caught:
+        read_clip_alone(CASES / "cut.webm", 24, 64, "short-side")
+    assert caught.value.reason == "damaged" and "cut short" in caught.value.detail
+
+
+def test_a_part_that_ends_its_process_even_so_is_given_up_and_named(videos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    (root / parts.PARTS).mkdir(parents=True)
+    (root / parts.PARTS / "00000.starts").write_text(str(2 * parts.MAX_DEATHS))
+    with pytest.raises(UserError, match="part 0 ended its process 6 times"):
+        prepare_part(root, videos, "ok.mp4", "n24.mp4")
+    part = prepare_part(root, videos, "ok.mp4", "n24.mp4")  # the next try starts anew
+    assert part.file and part.file.rows == 2 and not parts.count_deaths(root, 0)
