@@ -102,6 +102,7 @@ def test_text_is_no_video(shared_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("long.txt", "a line of a text that is long enough for a demuxer\n" * 3000),
         ("list.m3u8", "#EXTM3U\n#EXTINF:1,\nok.mp4\n#EXT-X-ENDLIST\n"),
         ("list.ffconcat", "ffconcat version 1.0\nfile ok.mp4\n"),
         ("list.mp4", "\ufeff#EXTM3U\nhttp://127.0.0.1:9/a.ts\n"),
