@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fvlm import presets
 from fvlm.config import Config, ScaleConfig, validate
 from fvlm.errors import UserError
+from fvlm.model import blocks
 from fvlm.model.hub import build_model
 from fvlm.train.loop import Run
 from fvlm.train.loop import train as train_on
@@ -65,6 +66,17 @@ def place() -> tuple[int, int]:
 
 Trained = tuple[list[dict[str, float]], Tensors]
 """What every step read, and what they led to."""
+
+
+def train_by_modules(folder: Path, strategy: str = "replicate", **changes: Any) -> Trained:
+    """`train`, with whole layers called as the modules that layers in parts are: then both round alike in bf16, where
+    joined weights round otherwise (tests/test_blocks.py)."""
+    plain = blocks.is_plain_llama
+    blocks.is_plain_llama = lambda layer: False
+    try:
+        return train(folder, strategy, **changes)
+    finally:
+        blocks.is_plain_llama = plain
 
 
 def train(folder: Path, strategy: str = "replicate", attached: bool = True, **changes: Any) -> Trained:
@@ -158,7 +170,7 @@ def test_parts_of_gradients_are_averaged_and_clipped_as_whole_ones_are(ranks, tm
 
 @pytest.mark.parametrize("precision, memory", [("fp32", "speed"), ("fp32", "small"), ("bf16", "speed")])
 def test_ranks_that_hold_parts_train_as_those_that_hold_all(ranks, tmp_path, precision, memory):
-    work = functools.partial(train, precision=precision, memory=memory)
+    work = functools.partial(train_by_modules, precision=precision, memory=memory)
     mine, theirs = ranks.all(2, work, tmp_path, "shard")
     assert unequal(mine[1], theirs[1]) == []
     assert_same_run(mine, ranks.all(2, work, tmp_path)[0])

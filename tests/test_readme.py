@@ -264,12 +264,17 @@ def test_a_command_for_a_cluster_does_what_it_says(cluster, command):
 def test_the_same_command_again_resumes_in_the_one_folder_that_it_has_made(videos):
     command = next(c for c in videos.commands if re.search(r"\.train joint_multifine --data\.path data/clips$", c.text))
     videos.result(command)
-    finished, videos.steps = videos.steps, videos.steps + 1
+    run = videos.project / "runs" / "joint_multifine"
+
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+
+    finished = steps()[-1]  # other commands may have gone on with it, or with other runs
+    videos.steps += 1
     code, said = videos.shell(f"{videos.in_here(command.text)} {SMALL} --train.max-steps {videos.steps}")
     assert code == 0, said
-    run = videos.project / "runs" / "joint_multifine"
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_bytes().splitlines()]
-    assert steps == list(range(1, videos.steps + 1)) and f"step-{finished:08d}" in said
+    assert steps() == list(range(1, videos.steps + 1))
+    assert f"resumed at step {finished} from step-{finished:08d}" in said
     assert [path.name for path in run.parent.iterdir()] == ["joint_multifine"]
     assert list(run.glob("wandb/offline-*"))  # what `wandb sync` is told to send
 
