@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fvlm.config import Config, ScaleConfig
 from fvlm.train.hang import HEAD_BYTES, LONG, STACKS, HangWatch
@@ -33,7 +37,27 @@ def sit_in_a_driver() -> None:
 
 
 def hold_the_interpreter() -> None:
-    ctypes.PyDLL(None).sleep(1000)  # a PyDLL call keeps the interpreter's lock: no Python thread runs any more
+    empty, _ = os.pipe()
+    # A PyDLL call keeps the interpreter's lock: no Python thread runs any more. No signal ends this one.
+    ctypes.PyDLL(None).read(empty, ctypes.create_string_buffer(1), 1)
+
+
+def sleep_with_the_machine() -> None:
+    """This process and its children stand still, longer than a hang may take."""
+    group = os.getpgid(0)
+    assert group == os.getpid()
+    script = f"kill -STOP -{group}; sleep {2 * LONG * HANG_S}; kill -CONT -{group}"
+    subprocess.Popen(["sh", "-c", script], start_new_session=True)
+    time.sleep(HANG_S / 2)
+
+
+def lose_the_watcher(watch: HangWatch) -> None:
+    """Somebody kills it; the next step starts another."""
+    (child,) = psutil.Process().children()
+    child.kill()
+    child.wait()
+    watch.after_step(19, {})
+    sit_in_a_driver()
 
 
 def be_slow(stacks: Path) -> None:
@@ -110,6 +134,8 @@ def main() -> None:
 
 def train(how: str, folder: Path, rank: int, world: int) -> None:
     config = Config(runs_dir=str(folder), run="run", scale=ScaleConfig(hang_s=HANG_S))
+    if how == "asleep":
+        os.setpgrp()
     with HangWatch(config, 16, rank, world) as watch:
         if how == "error":
             raise SystemExit(3)
@@ -126,6 +152,10 @@ def train(how: str, folder: Path, rank: int, world: int) -> None:
                 sit_in_a_driver()
             case "interpreter":
                 hold_the_interpreter()
+            case "asleep":
+                sleep_with_the_machine()
+            case "watcher killed":
+                lose_the_watcher(watch)
             case "slow":
                 be_slow(config.run_dir / STACKS)
                 watch.after_step(19, {})

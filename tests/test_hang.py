@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from fvlm.errors import UserError
 from fvlm.train.hang import HEAD_BYTES, LONG, STACKS, HangWatch, collect_stacks
 
 PATIENCE_S = 240
-RANKS = {"collective": 2, "interpreter": 1, "slow": 1, "first": 1, "long": 1, "error": 1,
+RANKS = {"collective": 2, "interpreter": 1, "slow": 1, "first": 1, "long": 1, "error": 1, "asleep": 1, "watcher killed": 1,
          "start": 2, "slow store": 1, "dead store": 1}  # fmt: skip
 
 
@@ -88,9 +89,21 @@ def test_two_ranks_of_which_one_never_comes_to_a_collective_both_say_where_they_
 
 def test_a_process_that_holds_the_interpreter_for_ever_says_so_and_ends(ended):
     held = ended["interpreter"]
-    assert held.codes == [1] and HANG_S < held.seconds < 2 * HANG_S
+    assert held.codes == [-signal.SIGKILL] and HANG_S < held.seconds < 2 * HANG_S
     (text,) = held.stacks
     assert "in hold_the_interpreter" in text and "since step 18" in text
+
+
+def test_a_watcher_that_was_killed_is_replaced(ended):
+    assert ended["watcher killed"].codes == [-signal.SIGKILL]
+    (text,) = ended["watcher killed"].stacks
+    assert "in sit_in_a_driver" in text and "since step 19" in text
+
+
+def test_a_machine_that_slept_longer_than_a_hang_may_take_has_not_hung(ended):
+    asleep = ended["asleep"]
+    assert asleep.codes == [0] and asleep.files == asleep.stacks == [], asleep
+    assert asleep.seconds > 2 * LONG * HANG_S
 
 
 @pytest.mark.parametrize("how", ["slow", "first", "long"])
@@ -101,7 +114,7 @@ def test_a_slow_step_the_first_one_and_what_may_take_long_are_no_hang_and_leave_
 
 def test_a_rank_that_never_comes_to_the_start_is_seen_by_the_one_that_waits_for_it(ended):
     start = ended["start"]
-    assert start.codes == [1, 7]
+    assert start.codes == [-signal.SIGKILL, 7]
     assert LONG * HANG_S < start.seconds < 2 * LONG * HANG_S + 2 * HANG_S  # until the other one ended, too
     (text,) = start.stacks
     assert "in make_run" in text and "broadcast" in text and f"no step for {LONG * HANG_S:g} s since step 0" in text
@@ -116,7 +129,7 @@ def test_a_final_checkpoint_may_take_longer_than_a_hang_while_it_gets_further(en
 
 def test_a_store_that_takes_nothing_any_more_is_a_hang(ended):
     dead = ended["dead store"]
-    assert dead.codes == [1] and LONG * HANG_S < dead.seconds < 2 * LONG * HANG_S
+    assert dead.codes == [-signal.SIGKILL] and LONG * HANG_S < dead.seconds < 2 * LONG * HANG_S
     (text,) = dead.stacks
     assert "in _wait_for" in text and "since step 1" in text
 
@@ -163,11 +176,11 @@ def test_a_negative_limit_is_refused(tmp_path):
         validate(make_config(tmp_path, -1))
 
 
-def test_watching_costs_a_step_less_than_a_fifth_of_a_millisecond(tmp_path):
+def test_watching_costs_a_step_less_than_a_fifth_of_a_millisecond_of_its_thread(tmp_path):
     seconds = []
     with HangWatch(make_config(tmp_path, 1000), 0, 0, 1) as watch:
         for step in range(300):
-            began = time.perf_counter()
+            began = time.thread_time()  # a busy machine does not change it
             watch.after_step(step, {})
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.thread_time() - began)
     assert statistics.median(seconds) < 0.2e-3

@@ -1,7 +1,7 @@
 """A rank that hangs says where, and ends: in a collective whose other side is gone, on a dead disk, in a driver.
 
 Ray Train starts the group again when one of its processes ends, and only then. Nothing here depends on the interpreter:
-faulthandler's watchdog is a C thread, which works while other C code keeps the interpreter's lock for ever.
+a process of its own (`hang_watcher`) counts the time, and faulthandler's signal handler, which is C, writes the stacks.
 
 Every rank keeps one file in stacks/ of the run folder. Its first line says which rank, where, and what step it had
 finished when; stacks follow where it hung. It is removed when the rank ends in another way.
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import math
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from fvlm.config import Config
+from fvlm.train import hang_watcher
 
 STACKS = "stacks"
 LONG = 3
@@ -27,13 +30,15 @@ LONG = 3
 LINGER, MOST_LINGER_S = 0.25, 10.0
 """Stacks are written so much before the process ends: its end makes others fail that may not have written theirs."""
 HEAD_BYTES = 256
+DUMP_SIGNAL = getattr(signal, "SIGRTMAX", signal.SIGUSR2)
+"""Sent to a rank that hangs. No library that is used here takes the last real-time signal for itself."""
 
 
 class HangWatch:
     """Ends this process when no step is finished for `scale.hang_s` seconds. A context, and a hook of the loop.
 
     The host of a GPU counts a step as finished when it has handed it over, and is at most two steps ahead
-    (`StepsAhead`); so a GPU that hangs is seen up to two steps late. Measured cost of a step: 0.05 ms (NOTES.md).
+    (`StepsAhead`); so a GPU that hangs is seen up to two steps late. Measured cost of a step: 0.013 ms (NOTES.md).
     """
 
     def __init__(self, config: Config, step: int, rank: int, world: int):
@@ -41,10 +46,7 @@ class HangWatch:
         self._step = step
         self._who = f"rank {rank} of {world} on {socket.gethostname()}, process {os.getpid()}"
         self._folder, self._rank, self._world = config.run_dir / STACKS, rank, world
-        self._due = math.inf
-        self._dumped = False
-        self._lock = threading.Lock()  # of _due, _dumped and what is in the file
-        self._ended = threading.Event()
+        self._lock = threading.Lock()  # of the watcher's pipe and of what is in the file
 
     def __enter__(self) -> HangWatch:
         if self._limit_s:
@@ -58,19 +60,20 @@ class HangWatch:
             self._path = self._folder / f"rank-{self._rank:05d}-{time.time_ns()}-{os.getpid()}.txt"
             self._file = self._path.open("wb", buffering=0)
             self._file.seek(HEAD_BYTES)
+            faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
+            self._watcher = _Watcher(self._limit_s)
             self._arm(LONG)
-            threading.Thread(target=self._look, name="hang-watch", daemon=True).start()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if not self._limit_s:
             return
-        faulthandler.cancel_dump_traceback_later()
-        self._ended.set()
         with self._lock:
-            self._due = math.inf
+            self._watcher.close()
+            faulthandler.unregister(DUMP_SIGNAL)
+            dumped = self._dumped()
             self._file.close()
-        if error is None or not self._dumped:  # a hang may end as an error, when the ranks that it waits for end
+        if error is None or not dumped:  # a hang may end as an error, when the ranks that it waits for end
             self._path.unlink(missing_ok=True)
 
     def after_step(self, step: int, scalars: object) -> None:
@@ -96,22 +99,46 @@ class HangWatch:
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         head = f"{self._who}: no step for {seconds:g} s since step {self._step}, {now}".encode()
         with self._lock:
-            if self._dumped:  # it was slow and did not hang
+            if self._dumped():  # it was slow and did not hang
                 self._file.truncate(HEAD_BYTES)
                 self._file.seek(HEAD_BYTES)
-                self._dumped = False
             os.pwrite(self._file.fileno(), head[: HEAD_BYTES - 1].ljust(HEAD_BYTES - 1) + b"\n", 0)
-            self._due = time.monotonic() + seconds
-        linger = min(LINGER * self._limit_s, MOST_LINGER_S)
-        faulthandler.dump_traceback_later(seconds + linger, exit=True, file=self._file)
+            self._watcher.tell(seconds)
 
-    def _look(self) -> None:
-        """Write the stacks a little ahead of the end, if the interpreter lets this thread run."""
-        while not self._ended.wait(min(1.0, self._limit_s / 20)):
-            with self._lock:
-                if time.monotonic() > self._due and not self._dumped:
-                    self._dumped = True
-                    faulthandler.dump_traceback(self._file, all_threads=True)
+    def _dumped(self) -> bool:
+        return os.fstat(self._file.fileno()).st_size > HEAD_BYTES
+
+
+class _Watcher:
+    """The process that counts. It ends when this one does."""
+
+    def __init__(self, limit_s: float):
+        tick_s, linger_s = min(1.0, limit_s / 20), min(LINGER * limit_s, MOST_LINGER_S)
+        self._command = [sys.executable, "-I", "-S", hang_watcher.__file__]  # without site-packages it needs 10 ms
+        self._command += [str(os.getpid()), f"{tick_s:g}", f"{linger_s:g}", str(int(DUMP_SIGNAL))]
+        self._start()
+
+    def _start(self) -> None:
+        out, self._in = os.pipe()
+        os.set_blocking(self._in, False)
+        self._process = subprocess.Popen(self._command, stdin=out, stdout=subprocess.DEVNULL)
+        os.close(out)
+
+    def tell(self, seconds: float) -> None:
+        """So many seconds are left from now on."""
+        record = f"{seconds:.3f}".encode().ljust(hang_watcher.RECORD_BYTES)
+        try:
+            with contextlib.suppress(BlockingIOError):  # it is stopped, and finds enough to read when it goes on
+                os.write(self._in, record)
+        except BrokenPipeError:  # somebody has killed it
+            self.close()
+            self._start()
+            os.write(self._in, record)
+
+    def close(self) -> None:
+        os.close(self._in)
+        self._process.kill()
+        self._process.wait()
 
 
 def collect_stacks(run_dir: Path) -> list[str]:
