@@ -1,63 +1,19 @@
-"""How every command ends: 0 when it did its work, 2 and one line when the input was at fault."""
+"""How every command on Ray ends: as `fvlm.entry_point` says, wherever in the cluster the error was raised."""
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import NoReturn
 
 from ray.exceptions import RayTaskError
 
+from fvlm import entry_point
 from fvlm.errors import UserError
 
 
-class Terminated(BaseException):
-    """SIGTERM came, and `raise_on_sigterm` was called. As KeyboardInterrupt is, no Exception."""
-
-
-def raise_on_sigterm() -> None:
-    """From now on SIGTERM ends the command as Ctrl-C does: what holds files or processes cleans up first.
-
-    Call it again after Ray has been started, which takes SIGTERM for itself.
-    """
-
-    def handler(number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # one is enough: a second would interrupt the cleaning up
-        raise Terminated
-
-    if threading.current_thread() is threading.main_thread():  # Python allows no other
-        signal.signal(signal.SIGTERM, handler)
-
-
-def run_command(command: Callable[[], None]) -> NoReturn:
-    """Run `command` and leave the process: exit code 0, or 2 with `error: ...` on stderr for a UserError.
-
-    Ctrl-C gives one line and 130, and so does SIGTERM with 143 where `raise_on_sigterm` was called.
-
-    A UserError raised in a Ray worker arrives wrapped in Ray's exceptions; it counts as well. Anything else is a bug
-    of ours and keeps its traceback.
-    """
-    try:
-        command()
-    except Exception as error:
-        reason = user_error(error)
-        if reason is not None:
-            print(f"error: {reason}", file=sys.stderr, flush=True)
-            sys.exit(2)
-        raise
-    except KeyboardInterrupt:
-        _leave(signal.SIGINT)
-    except Terminated:
-        _leave(signal.SIGTERM)
-    sys.exit(0)
-
-
-def _leave(number: signal.Signals) -> NoReturn:
-    print(f"stopped by {number.name}; what was complete stays", file=sys.stderr, flush=True)
-    sys.exit(128 + number)
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """`fvlm.entry_point.run_command`; a UserError that arrives wrapped in Ray's exceptions counts as one."""
+    entry_point.run_command(main, user_error)
 
 
 def user_error(error: BaseException) -> UserError | None:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
-import secrets
-import shutil
+import signal
 import socket
-import tempfile
+import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import ray
 import ray.data
-from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # a compiled module
-from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
+from ray._private import ray_constants
 
 from fvlm.errors import UserError
+from ray_jobs.embedded_cluster import embedded_cluster
 
 GIB = 1 << 30
-OWN_FOLDER = "fvlm-ray-"
-LONGEST_FOLDER = 40
-"""Ray puts unix sockets 64 characters below its folder, and the kernel allows them 107."""
 
 
 @contextlib.contextmanager
@@ -52,24 +46,36 @@ def connect(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_free_objects_batch_size", "1")  # otherwise dropped blocks lie in the store for a second
     _quiet_ray_data()
+    if "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
+        # Ray would send the folder of a `uv run` to its workers, and start them by uv: where a cluster's nodes have the
+        # environment, that is a second one, and for a folder over 512 MB an error.
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     address = address or os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as cleanup:
-        if address and address != "local":
-            _join(address, log_to_driver)
-        else:
-            folder = cleanup.enter_context(_own_folder())
-            cleanup.enter_context(_token_authentication(folder))
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or os.cpu_count(),
-                object_store_memory=object_store_bytes or min(2 * GIB, int(0.3 * psutil.virtual_memory().available)),
-                include_dashboard=dashboard,
-                log_to_driver=log_to_driver,
-                logging_level=logging.WARNING,
-                _temp_dir=str(folder),
-            )
-        cleanup.callback(ray.shutdown)
+        with _own_sigterm():
+            if address and address != "local":
+                _join(address, log_to_driver)
+                cleanup.callback(ray.shutdown)
+            else:
+                bytes_free = psutil.virtual_memory().available
+                cleanup.enter_context(
+                    embedded_cluster(
+                        num_cpus or os.cpu_count() or 1,
+                        object_store_bytes or min(2 * GIB, int(0.3 * bytes_free)),
+                        dashboard=dashboard,
+                        log_to_driver=log_to_driver,
+                    )
+                )
         yield
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it starts: give it back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _quiet_ray_data() -> None:
@@ -99,48 +105,3 @@ def _join(address: str, log_to_driver: bool) -> None:
             f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}). "
             "Start it, or unset RAY_ADDRESS to run on this machine alone."
         ) from error
-
-
-@contextlib.contextmanager
-def _own_folder() -> Iterator[Path]:
-    """A fresh folder for one cluster, locked while its command lives; those that killed commands left are removed."""
-    parent = Path(tempfile.gettempdir())
-    if len(str(parent / OWN_FOLDER)) + 8 > LONGEST_FOLDER:
-        parent = Path("/tmp")
-    for stale in parent.glob(f"{OWN_FOLDER}*"):
-        with contextlib.suppress(OSError), (stale / "lock").open() as lock:  # in use, or another user's
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(stale, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=OWN_FOLDER, dir=parent))
-    try:
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _token_authentication(folder: Path) -> Iterator[None]:
-    """Token authentication, said explicitly. Without a token of the user's the cluster gets its own.
-
-    Left to itself, Ray would write one to ~/.ray, and every later `ray start` of that user would ask for it.
-    """
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        token = folder / "auth_token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-    # Ray read the mode when it was imported and keeps the first token that it has seen; this makes it look again.
-    RayletConfig.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -29,7 +29,7 @@ from fvlm.data import parts
 from fvlm.data.schema import DatasetSpec, Manifest
 from fvlm.data.shards import check_shards
 from fvlm.errors import UserError
-from ray_jobs.cli import raise_on_sigterm, run_command
+from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
 from ray_jobs.part_tasks import as_tasks, follow, print_table, unfinished
 from ray_jobs.paths import absolute
@@ -100,7 +100,6 @@ def convert(config: ConvertConfig) -> None:
     with contextlib.ExitStack() as cluster:
         if not manifest or config.verify:
             cluster.enter_context(connect(num_cpus=config.tasks or None, address=config.address or None))
-            raise_on_sigterm()
         if manifest:
             print(f"{out}: complete already, nothing to convert", flush=True)
         else:
@@ -266,5 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise_on_sigterm()
     run_command(main)

@@ -25,7 +25,7 @@ from fvlm.data.schema import DatasetSpec, Manifest
 from fvlm.data.tables import sha256_table
 from fvlm.errors import UserError
 from fvlm.files import unwritable_is_a_user_error
-from ray_jobs.cli import raise_on_sigterm, run_command
+from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
 from ray_jobs.part_tasks import Rows, as_tasks, follow, print_table, unfinished
 from ray_jobs.paths import absolute, absolute_unless_name
@@ -167,7 +167,6 @@ def _prepare_parts(config: PrepareConfig, spec: DatasetSpec, captions: Captions,
     if not todo:
         return
     with connect(address=config.address or None):
-        raise_on_sigterm()
         follow(_results(config, spec, captions, todo), num_parts, num_parts - len(todo))
 
 
@@ -226,5 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise_on_sigterm()
     run_command(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from typing import Any
@@ -33,12 +34,14 @@ def listen_where_the_cluster_does() -> None:
     address: ranks on other nodes would then look for it on their own machine. NCCL takes the first interface that is up
     and neither a loopback nor Docker's, which on a node with several networks need not be the one that joins the nodes.
     """
-    interface = interface_of(ray.util.get_node_ip_address())
+    address = ray.util.get_node_ip_address()
+    interface = interface_of(address)
     if interface is None:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # A loopback reaches no other node, and NCCL falls back to it by itself where there is nothing else.
-    if not is_loopback(interface):
+    # A loopback interface reaches no other node. At an address of it the cluster is this machine alone, and must not
+    # depend on another address, which may change.
+    if not is_loopback(interface) or ipaddress.ip_address(address).is_loopback:
         # "=": this interface and no other. Without it NCCL takes the name for a prefix: eth1 is eth10, too.
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 

@@ -55,16 +55,19 @@ Failure = ray.train.TrainingFailedError | ray.exceptions.RayError
 
 
 class StopRequest:
-    """SIGTERM (`ray job stop`) and Ctrl-C, for the length of a `with` block: a wish to save and to end.
-
-    A second Ctrl-C ends at once.
+    """SIGTERM (`ray job stop`), SIGHUP (a closed terminal) and Ctrl-C, for the length of a `with` block: a wish to save
+    and to end. What is ignored (`nohup`) stays ignored. A second Ctrl-C ends at once.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {
+            number: signal.signal(number, self._take)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         return self
 
     def _take(self, number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,6 @@ import itertools
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,6 +35,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.command import remember
 from ray_jobs.feed_test import feeds
 from ray_jobs.ingest import cpus_needed, ingest_memory, store_needed
+from ray_jobs.log_follower import LogFollower
 from ray_jobs.options import FeedTest, command_line
 from ray_jobs.supervise import StopRequest, keep_training, on_gpu, summary
 
@@ -60,7 +60,7 @@ def main() -> None:
         remember(config, sys.argv[1:])
         CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: an error before anything starts
         note = TrainLog(run_dir, steps).note
-        with failure_noted(note), cluster(config, memory), follow(run_dir / TRAIN_LOG), StopRequest() as stop:
+        with failure_noted(note), cluster(config, memory), LogFollower(run_dir / TRAIN_LOG), StopRequest() as stop:
             check_resources(config, memory, on_gpu(config))
             done = keep_training(config, manifest, stop, note)
     if done < steps:
@@ -207,37 +207,6 @@ def check_resources(config: Config, memory: IngestMemory, use_gpu: bool) -> None
         if os.environ.get("RAY_ADDRESS", "local") == "local":
             raise UserError(f"{lack}. Use fewer --scale.workers, or --scale.device cpu.")
         print(f"{lack}: waiting until it has more.", flush=True)
-
-
-class follow:
-    """Print what is appended to a log while the block lasts: the run's own lines, without Ray's prefixes."""
-
-    def __init__(self, path: Path):
-        self._path, self._stop = path, threading.Event()
-        self._from = path.stat().st_size if path.exists() else 0
-
-    def __enter__(self) -> None:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.5):
-            self._print()
-        self._print()
-
-    def _print(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open() as f:
-            f.seek(self._from)
-            text = f.read()
-        whole = text[: text.rfind("\n") + 1]
-        self._from += len(whole.encode())
-        print(whole, end="", flush=True)
 
 
 if __name__ == "__main__":

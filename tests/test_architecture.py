@@ -30,9 +30,10 @@ LAYERS = {
     "ranks": set(),
     "wsl2": set(),
     "model": {"errors", "files", "config", "batch", "ranks"},
-    "data": {"errors", "files", "config", "batch"},
+    "entry_point": {"errors"},
+    "data": {"errors", "files", "config", "batch", "entry_point"},
     "train": {"errors", "files", "config", "batch", "ranks", "wsl2", "model", "data"},
-    "convert": {"errors", "files", "config", "presets", "batch", "model", "data", "train"},
+    "convert": {"errors", "files", "config", "presets", "batch", "entry_point", "model", "data", "train"},
     "checks": {"errors", "files", "config", "batch", "wsl2", "model", "data", "train"},
 }
 

@@ -19,8 +19,8 @@ from fvlm.errors import UserError
 from fvlm.train.hang import HEAD_BYTES, LONG, STACKS, HangWatch, collect_stacks
 
 PATIENCE_S = 240
-RANKS = {"collective": 2, "interpreter": 1, "slow": 1, "first": 1, "long": 1, "error": 1, "asleep": 1, "watcher killed": 1,
-         "start": 2, "slow store": 1, "dead store": 1}  # fmt: skip
+RANKS = {"collective": 2, "interpreter": 1, "slow": 1, "first": 1, "long": 1, "error": 1,
+         "asleep": 1, "watcher killed": 1, "start": 2, "slow store": 1, "dead store": 1}  # fmt: skip
 
 
 @dataclass

@@ -53,8 +53,8 @@ def test_what_a_user_has_set_for_gloo_stays(chosen, monkeypatch):
     assert chosen("10.0.0.7") == ["dummy0", "=eth1"]
 
 
-def test_nccl_is_never_told_to_take_a_loopback(chosen):
-    assert chosen("127.0.0.1") == ["lo", None]
+def test_a_cluster_at_a_loopback_address_is_one_machine_and_depends_on_no_other_address(chosen):
+    assert chosen("127.0.0.1") == ["lo", "=lo"]
 
 
 def test_an_address_of_the_cluster_on_a_loopback_interface_is_no_better(chosen):

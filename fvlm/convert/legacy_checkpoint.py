@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from fvlm import presets
 from fvlm.config import Config
 from fvlm.data.plan import Plan
 from fvlm.data.schema import Manifest
+from fvlm.entry_point import run_command
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.hub import build_model
@@ -338,8 +338,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

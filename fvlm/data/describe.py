@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -180,12 +179,3 @@ def main() -> None:
     if look.png:
         draw_sheet(sample_clips(manifest, look.sample), look.png)
         print(f"drawn: {look.png}")
-
-
-def command() -> None:
-    """`main`, ended like every command: one line and exit code 2 for an error that is the user's to mend."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

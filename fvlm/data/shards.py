@@ -219,6 +219,7 @@ def _wrong_size(where: str, actual: int | None, size: int) -> Damaged:
 
 
 if __name__ == "__main__":
-    from fvlm.data.describe import command
+    from fvlm.data.describe import main
+    from fvlm.entry_point import run_command
 
-    command()
+    run_command(main)

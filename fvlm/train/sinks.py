@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TextIO
 
 from fvlm.config import Config
 from fvlm.files import no_space_is_a_user_error, write_atomic
@@ -43,8 +43,11 @@ class TrainLog:
 
     def __init__(self, run_dir: Path, max_steps: int):
         self._path = run_dir / TRAIN_LOG
-        self._file = self._path.open("a", buffering=1)
+        self._file = self._open()
         self._max_steps = max_steps
+
+    def _open(self) -> TextIO:
+        return self._path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, rows: list[Row], latest: Row) -> None:
         self.note(log_line(latest, self._max_steps))
@@ -53,8 +56,17 @@ class TrainLog:
         self.note(evaluation_line(row, len(pictures)))
 
     def note(self, text: str) -> None:
+        if not self._is_in_place():  # somebody has moved it away, and has it now; the run's log is a new one
+            self._file.close()
+            self._file = self._open()
         with no_space_is_a_user_error(self._path):
             self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def _is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         self._file.close()
