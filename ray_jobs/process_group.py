@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
+import sys
 from typing import Any
 
 import psutil
 import ray
+import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
@@ -28,12 +31,14 @@ class _Backend(_TorchBackend):
 
 
 def listen_where_the_cluster_does() -> None:
-    """Let gloo and NCCL listen at this node's address in the cluster; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME win.
+    """Let torch, gloo and NCCL listen at this node's address in the cluster; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME win.
 
     Left to itself gloo takes the address of the host's name, which many systems (Debian, for one) map to a loopback
     address: ranks on other nodes would then look for it on their own machine. NCCL takes the first interface that is up
     and neither a loopback nor Docker's, which on a node with several networks need not be the one that joins the nodes.
     """
+    # What `env://` makes. As an attribute of torch.distributed the module is hidden by a function of its name.
+    sys.modules["torch.distributed.rendezvous"].TCPStore = bound_store  # type: ignore[attr-defined]
     address = ray.util.get_node_ip_address()
     interface = interface_of(address)
     if interface is None:
@@ -44,6 +49,15 @@ def listen_where_the_cluster_does() -> None:
     if not is_loopback(interface) or ipaddress.ip_address(address).is_loopback:
         # "=": this interface and no other. Without it NCCL takes the name for a prefix: eth1 is eth10, too.
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
+def bound_store(host_name: str, port: int, *args: Any, is_master: bool = False, **options: Any) -> dist.TCPStore:
+    """torch's store through which ranks find each other, at the given address only: left to itself it takes all."""
+    if is_master:
+        family = socket.AF_INET6 if ":" in host_name else socket.AF_INET
+        with contextlib.suppress(OSError):  # an address that is this machine's only to others, behind a router
+            options["master_listen_fd"] = socket.create_server((host_name, port), family=family).detach()
+    return dist.TCPStore(host_name, port, *args, is_master=is_master, **options)
 
 
 def interface_of(address: str) -> str | None:
