@@ -1,4 +1,4 @@
-"""How every command ends: 0 when it did its work, 2 and one line when the input was at fault."""
+"""How every command ends: 0 when it did its work, 2 and one line for bad input, 75 when a store is away."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import NoReturn
 
 from ray.exceptions import RayTaskError
 
-from fvlm.errors import UserError
+from fvlm.errors import Unavailable, UserError
+
+TRY_LATER = 75
+"""EX_TEMPFAIL of sysexits.h: what was needed is away and may come back, so trying again may do. 2 never does."""
 
 
 class Terminated(BaseException):
@@ -33,20 +36,21 @@ def raise_on_sigterm() -> None:
 
 
 def run_command(command: Callable[[], None]) -> NoReturn:
-    """Run `command` and leave the process: exit code 0, or 2 with `error: ...` on stderr for a UserError.
+    """Run `command` and leave the process: exit code 0, or `error: ...` on stderr and 2 for a UserError, 75 for what is
+    Unavailable.
 
     Ctrl-C gives one line and 130, and so does SIGTERM with 143 where `raise_on_sigterm` was called.
 
-    A UserError raised in a Ray worker arrives wrapped in Ray's exceptions; it counts as well. Anything else is a bug
-    of ours and keeps its traceback.
+    An error of these raised in a Ray worker arrives wrapped in Ray's exceptions; it counts as well. Anything else is a
+    bug of ours and keeps its traceback.
     """
     try:
         command()
     except Exception as error:
-        reason = user_error(error)
+        reason = told_error(error)
         if reason is not None:
             print(f"error: {reason}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(2 if isinstance(reason, UserError) else TRY_LATER)
         raise
     except KeyboardInterrupt:
         _leave(signal.SIGINT)
@@ -60,11 +64,11 @@ def _leave(number: signal.Signals) -> NoReturn:
     sys.exit(128 + number)
 
 
-def user_error(error: BaseException) -> UserError | None:
-    """The UserError that `error` is or was caused by, here or in a Ray worker; None when there is none."""
+def told_error(error: BaseException) -> UserError | Unavailable | None:
+    """The first error told in one line that `error` is or was caused by, here or in a Ray worker; None without one."""
     for cause in causes(error):
-        # Ray's task error is made a UserError too, but its text is a traceback; the plain one lies under it.
-        if isinstance(cause, UserError) and not isinstance(cause, RayTaskError):
+        # Ray's task error is made one of these too, but its text is a traceback; the plain one lies under it.
+        if isinstance(cause, UserError | Unavailable) and not isinstance(cause, RayTaskError):
             return cause
     return None
 

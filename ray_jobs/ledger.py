@@ -15,7 +15,7 @@ class Ledger:
 
     def __init__(self, run: str, corrupt: CorruptList) -> None:
         self._run = run
-        self._reason: str | None = None
+        self._reason: tuple[str, bool] | None = None
         self._stop = asyncio.Event()
         self._nodes: set[str] = set()
         self._corrupt = corrupt
@@ -35,11 +35,13 @@ class Ledger:
         news, self._news = self._news, []
         return news, len(self._corrupt.known), self._replaced
 
-    async def record(self, reason: str) -> None:
-        """A rank stopped for this reason, which is the user's to mend: there is no use in another start."""
-        self._reason = self._reason or reason
+    async def record(self, reason: str, may_pass: bool = False) -> None:
+        """A rank stopped for this reason. The user has to mend it, and there is no use in another start; or it may pass
+        by itself, as a store that is away."""
+        self._reason = self._reason or (reason, may_pass)
 
-    async def reason(self) -> str | None:
+    async def reason(self) -> tuple[str, bool] | None:
+        """-> the first that was recorded, and whether it may pass."""
         return self._reason
 
     async def joined(self, node_id: str) -> None:

@@ -21,10 +21,11 @@ from fvlm.data.memory import IngestMemory
 from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
+from fvlm.errors import Unavailable
 from fvlm.train.resume import Choice, choose_checkpoint
 from fvlm.train.run_folder import Claim
 from fvlm.train.store import checkpoint_store
-from ray_jobs.cli import user_error
+from ray_jobs.cli import told_error
 from ray_jobs.feed import Feed, begun
 from ray_jobs.ingest import rank_batches, share_of_one_rank
 from ray_jobs.startup import StartUp
@@ -34,12 +35,13 @@ def train_rank(task: dict[str, Any]) -> None:
     """One rank of one start, from the checkpoint that it begins at to the step that it ends with."""
     config, manifest, memory, ledger = (task[key] for key in ("config", "manifest", "memory", "ledger"))
     try:
+        task["shared"].require()
         run_rank(config, manifest, memory, ledger, StartUp(task["begun"]))
     except Exception as error:
-        reason = user_error(error)
+        reason = told_error(error)
         if reason is None:
             raise
-        ray.get(ledger.record.remote(str(reason)))
+        ray.get(ledger.record.remote(str(reason), isinstance(reason, Unavailable)))
         if ray.train.get_context().get_world_size() > 1:
             raise  # others may wait for this rank in a collective, and only a failure ends them
 

@@ -21,7 +21,7 @@ from fvlm.data.row_groups import RowGroups, stored_captions
 from fvlm.data.schema import REJECTS, Manifest, arrow_schema, frame_column
 from fvlm.data.shards import read_manifest
 from fvlm.data.storage import Storage, pieces
-from fvlm.errors import Damaged, UserError
+from fvlm.errors import Damaged, Unavailable, UserError
 from fvlm.files import no_space_is_a_user_error
 
 SHEET_FRAMES = 8
@@ -183,9 +183,9 @@ def main() -> None:
 
 
 def command() -> None:
-    """`main`, ended like every command: one line and exit code 2 for an error that is the user's to mend."""
+    """`main`, ended like every command: one line, and exit code 2 for bad input, 75 for a store that is away."""
     try:
         main()
-    except UserError as error:
+    except (UserError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 75)
