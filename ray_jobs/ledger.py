@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import ray
 
@@ -16,7 +17,8 @@ class Ledger:
     def __init__(self, run: str, corrupt: CorruptList) -> None:
         self._run = run
         self._reason: tuple[str, bool] | None = None
-        self._stop = asyncio.Event()
+        self._stop, self._chosen = asyncio.Event(), asyncio.Event()
+        self._choice: tuple[Any, ...] = ()
         self._nodes: set[str] = set()
         self._corrupt = corrupt
         self._news: list[CorruptClip] = []
@@ -43,6 +45,16 @@ class Ledger:
     async def reason(self) -> tuple[str, bool] | None:
         """-> the first that was recorded, and whether it may pass."""
         return self._reason
+
+    async def choose(self, choice: tuple[Any, ...]) -> None:
+        """Rank 0 has chosen where the start begins. The fields of a `Choice`, whose module imports torch."""
+        self._choice = choice
+        self._chosen.set()
+
+    async def chosen(self) -> tuple[Any, ...]:
+        """Returns when rank 0 has, however long it takes to fetch and verify a checkpoint."""
+        await self._chosen.wait()
+        return self._choice
 
     async def joined(self, node_id: str) -> None:
         """A rank has begun on this node."""

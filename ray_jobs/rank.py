@@ -14,7 +14,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 
 from fvlm.config import Config
 from fvlm.data.memory import IngestMemory
@@ -57,7 +56,7 @@ def run_rank(config: Config, manifest: Manifest, memory: IngestMemory, ledger: A
         torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
     run_dir = config.run_dir
     store = checkpoint_store(config, Claim(run_dir).require) if rank == 0 else checkpoint_store(config)
-    choice = told_by_rank_0(lambda: choose_checkpoint(store, run_dir), rank, world)
+    choice = told_by_rank_0(lambda: choose_checkpoint(store, run_dir), rank, ledger)
     start_up.passed("to choose the checkpoint")
 
     plan = dataclasses.replace(Plan.of_config(manifest, config), origin=choice.origin)
@@ -72,11 +71,13 @@ def run_rank(config: Config, manifest: Manifest, memory: IngestMemory, ledger: A
     train_on(Place(rank, world, device), config, manifest, store, choice, feed, ledger, start_up)
 
 
-def told_by_rank_0(choose: Callable[[], Choice], rank: int, world: int) -> Choice:
-    """Rank 0's choice, on every rank. What keeps rank 0 from choosing ends them all."""
-    choice = [choose() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(choice)
-    (chosen,) = choice
-    assert chosen is not None
-    return chosen
+def told_by_rank_0(choose: Callable[[], Choice], rank: int, ledger: Any) -> Choice:
+    """Rank 0's choice, on every rank. What keeps rank 0 from choosing ends them all.
+
+    Not a collective: a slow store may take longer than a process group waits.
+    """
+    if rank == 0:
+        choice = choose()
+        ray.get(ledger.choose.remote((choice.name, choice.step, choice.origin, choice.notes)))
+        return choice
+    return Choice(*ray.get(ledger.chosen.remote()))

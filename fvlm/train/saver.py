@@ -2,13 +2,14 @@
 
 A store that is away (`StoreUnavailable`) does not end the training. In mid-run the snapshot is kept and written again
 and again while training goes on, until it is safe or the next save takes its place: then that one is. A save that comes
-just while a try is being made, which needs the snapshot's memory, is left out. The last checkpoint, after the last step
-or when the run was asked to stop, is waited for, up to `scale.store_wait_s`.
+while a try is being made that gets no further is left out, since that try needs the snapshot's memory. The last
+checkpoint, after the last step or when the run was asked to stop, is waited for, up to `scale.store_wait_s`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -31,6 +32,9 @@ from fvlm.train.step import is_recorded
 from fvlm.train.store import CheckpointStore, prune, remember_place
 
 POLL_S = 0.5
+QUIET_S, AWAY_QUIET_S = 20.0, 2.0
+"""Training waits for a write that gets further; for one that has not for so long it does not. The second: after a try
+that has failed because the store is away."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Saver:
         """Checkpoints since the last one that is safe."""
         self._pieces = 0
         """That were written and hashed so far; counted by the writer's thread alone."""
+        self._piece_at = 0.0
+        self._is_said = False
         self._device = next(run.model.parameters()).device
         self._snapshots = Snapshots(run.model, run.optimizer, is_recorded(run.config, self._device))
         self._writing: Writing | None = None
@@ -139,7 +145,7 @@ class Saver:
         writing = self._writing
         try:
             if error is not None and writing:
-                self._wait_for(writing.writer, lambda: writing.writer.is_away)
+                self._wait_for(writing.writer, lambda: self._quiet_s() > self._patience_s(writing.writer))
                 writing.writer.give_up()  # whoever meets an error must not wait for a store that is away
                 if not writing.future.done():
                     raise StoreUnavailable("its store is away")
@@ -159,19 +165,26 @@ class Saver:
         snapshot = self._snapshots.take(step, self._run.state_later())
         self._newest = step
         stall_s = time.perf_counter() - begin
+        self._piece_at, self._is_said = time.monotonic(), False
         self._writing = Writing(snapshot, stall_s, CheckpointWriter(self._write_of(snapshot), self._outage))
 
     def _may_begin(self, must: bool) -> bool:
-        """Wait for the write in flight, or give it up. False: its store is away, and a try is being made just now.
+        """Wait for the write in flight, or give it up. False: a try is being made just now, and gets no further.
 
         must: wait for that, too
         """
         if self._writing is None:
             return True
-        writer = self._writing.writer
-        self._wait_for(writer, lambda: writer.is_away and (writer.pauses or not must), self._tell_all)
+        writer, hang_s = self._writing.writer, self._run.config.scale.hang_s or math.inf
+        # A disk that takes nothing for so long that any rank would count as hanging is left to the watch.
+        self._wait_for(
+            writer,
+            lambda: writer.pauses or (not must and self._patience_s(writer) < self._quiet_s() < hang_s),
+            self._tell_all,
+        )
         if not writer.future.done():
-            if not writer.pauses and not must:
+            if not writer.pauses:
+                self._say_quiet(self._writing.snapshot.step)
                 return False
             writer.give_up()
             self._wait_for(writer, lambda: False, self._tell_all)  # for a try that has begun in this moment
@@ -221,6 +234,21 @@ class Saver:
 
     def _count_piece(self) -> None:
         self._pieces += 1
+        self._piece_at = time.monotonic()
+
+    def _quiet_s(self) -> float:
+        """Seconds since the write got further."""
+        return time.monotonic() - self._piece_at
+
+    def _patience_s(self, writer: CheckpointWriter) -> float:
+        return AWAY_QUIET_S if writer.is_away else QUIET_S
+
+    def _say_quiet(self, step: int) -> None:
+        """Once a checkpoint; an outage has lines of its own."""
+        if not self._is_said and not self._outage.is_on:
+            self._note(f"WARNING: the checkpoint of step {step} has got no further for {self._quiet_s():.0f} s; "
+                       "training goes on, and the next ones are left out until it does")  # fmt: skip
+        self._is_said = True
 
     def _wait_for(
         self,
