@@ -161,6 +161,12 @@ class ScaleConfig:
     hang_s: float = 600.0
     """A rank that finished no step for so many seconds writes down where it stands and ends, so that all ranks start
     again. Three times as long for the first step of a start (data, compilation). 0: it waits for ever."""
+    store_wait_s: float = 86_400.0
+    """A store or network disk, of the data or of the checkpoints, that does not answer is tried again for so many
+    seconds, with lines in the log that say how long it has been away; then the command ends with 75. 0: for ever."""
+    room_wait_s: float = 900.0
+    """A cluster without an autoscaler whose nodes are too few or too small for the ranks, whatever else runs there, may
+    grow for so many seconds; then the command ends. 0: it waits for ever."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +289,7 @@ ABOVE_ZERO = """
 NOT_NEGATIVE = """
     optim.warmup_steps optim.weight_decay objective.lambda_recon data.global_batch data.decode_threads data.max_corrupt
     eval.every eval.pictures scale.min_workers scale.max_failures scale.hang_s scale.cpus_per_worker
+    scale.store_wait_s scale.room_wait_s
 """.split()  # noqa: SIM905
 
 

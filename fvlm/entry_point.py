@@ -1,4 +1,4 @@
-"""How every command ends: 0 when it did its work, 2 and one line when the input was at fault."""
+"""How every command ends: 0 when it did its work, 2 and one line for bad input, 75 when a store is away."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from fvlm.errors import UserError
+from fvlm.errors import Unavailable, UserError
+
+TRY_LATER = 75
+"""EX_TEMPFAIL of sysexits.h: what was needed is away and may come back, so trying again may do. 2 never does."""
 
 END_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Sent by who ends a command from outside, or closes its terminal."""
@@ -26,31 +29,32 @@ class Terminated(BaseException):
         self.signal = signal.Signals(number)
 
 
-def user_error_itself(error: Exception) -> UserError | None:
-    return error if isinstance(error, UserError) else None
+Told = UserError | Unavailable
+"""Errors that are told in one line; any other is a bug of ours and keeps its traceback."""
 
 
-def run_command(
-    command: Callable[[], None], user_error: Callable[[Exception], UserError | None] = user_error_itself
-) -> NoReturn:
-    """Run `command` and leave the process: exit code 0, or 2 with `error: ...` on stderr for a UserError.
+def itself(error: Exception) -> Told | None:
+    return error if isinstance(error, Told) else None
+
+
+def run_command(command: Callable[[], None], told_error: Callable[[Exception], Told | None] = itself) -> NoReturn:
+    """Run `command` and leave the process: exit code 0, or `error: ...` on stderr and 2 for a UserError, 75 for what is
+    Unavailable.
 
     Ctrl-C gives one line and 130; SIGTERM gives 143, a closed terminal 129. What holds files or processes cleans up
     first. Output that nobody reads any more (`| head`, a closed terminal, a full disk) is lost, and is no error.
 
-    Anything that is no UserError is a bug of ours and keeps its traceback.
-
-    user_error: finds the UserError that an error is or was caused by
+    told_error: finds what an error is or was caused by, if that is to be told in one line
     """
     sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
     try:
         with _signals_as_exceptions():
             command()
     except Exception as error:
-        reason = user_error(error)
+        reason = told_error(error)
         if reason is not None:
             print(f"error: {reason}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(2 if isinstance(reason, UserError) else TRY_LATER)
         raise
     except KeyboardInterrupt:
         _leave(signal.SIGINT)

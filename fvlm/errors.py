@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, and the kind of it that a run may be told to go round."""
+"""The errors that are told in one line: what the user has to mend, and what may come back by itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,27 @@ class UserError(Exception):
 
     Every command prints it without a traceback and exits with code 2.
     """
+
+
+class Unavailable(Exception):
+    """What a command needs is away just now and may come back by itself. The input is not at fault.
+
+    Every command prints it without a traceback and exits with code 75 (EX_TEMPFAIL), which supervisors try again.
+    """
+
+
+class StoreUnavailable(Unavailable):
+    """A store or a disk on the network does not answer, or fails. Refused access is a UserError and not this.
+
+    for_s: seconds for which it had been tried in vain
+    """
+
+    def __init__(self, message: str, for_s: float = 0.0):
+        super().__init__(message, for_s)  # both, or the error could not be pickled
+        self.for_s = for_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Damaged(UserError):

@@ -26,7 +26,7 @@ from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
-from fvlm.errors import UserError
+from fvlm.errors import Unavailable, UserError
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import clips_of_a_rank, estimate, settle_memory
 from fvlm.train.spill import usable
@@ -100,7 +100,7 @@ def look_at_held_out(config: Config, manifest: Manifest) -> list[Finding]:
     try:
         with contextlib.redirect_stdout(said):
             check_evaluation(config, manifest)
-    except UserError as error:
+    except (UserError, Unavailable) as error:
         return [of_error("evaluation", error)]
     damaged = [Finding("warn", "evaluation", line) for line in said.getvalue().splitlines()]
     return damaged or [Finding("ok", "evaluation", str(eval_clips(config, manifest)))]
@@ -113,7 +113,7 @@ def look_at_data(config: Config) -> tuple[Manifest | None, IngestMemory | None, 
         with contextlib.redirect_stdout(said):
             manifest = open_dataset(config)
         memory = ingest_memory(config, manifest)
-    except UserError as error:
+    except (UserError, Unavailable) as error:
         return None, None, [of_error("data", error)]
     damaged = [Finding("warn", "data", line) for line in said.getvalue().splitlines()]
     spec, size = manifest.spec, int(np.sum(manifest.files["bytes"].to_numpy()))
@@ -150,7 +150,7 @@ def look_at_room(
     ranks = config.scale.workers
     try:
         size = parameters(config.model, latent)
-    except UserError as error:
+    except (UserError, Unavailable) as error:
         yield of_error("model", error)
         return
     on_gpu = config.scale.device != "cpu" and torch.cuda.is_available()
@@ -186,7 +186,7 @@ def look_at_step_memory(config: Config, latent: tuple[int, int, int]) -> list[Fi
     try:
         settled = settle_memory(config, latent, torch.device("cuda", index))
         need = estimate(settled, latent, clips_of_a_rank(config))
-    except UserError as error:
+    except (UserError, Unavailable) as error:
         return [of_error("model", error)]
     text = f"about {need} with train.memory {settled.train.memory}; GPU {index} has {gb(free)} free"
     if need.peak > usable(free):

@@ -8,19 +8,19 @@ from typing import NoReturn
 from ray.exceptions import RayTaskError
 
 from fvlm import entry_point
-from fvlm.errors import UserError
+from fvlm.errors import Unavailable, UserError
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """`fvlm.entry_point.run_command`; a UserError that arrives wrapped in Ray's exceptions counts as one."""
-    entry_point.run_command(main, user_error)
+    """`fvlm.entry_point.run_command`; an error that arrives wrapped in Ray's exceptions counts as one."""
+    entry_point.run_command(main, told_error)
 
 
-def user_error(error: BaseException) -> UserError | None:
-    """The UserError that `error` is or was caused by, here or in a Ray worker; None when there is none."""
+def told_error(error: BaseException) -> UserError | Unavailable | None:
+    """The first error told in one line that `error` is or was caused by, here or in a Ray worker; None without one."""
     for cause in causes(error):
-        # Ray's task error is made a UserError too, but its text is a traceback; the plain one lies under it.
-        if isinstance(cause, UserError) and not isinstance(cause, RayTaskError):
+        # Ray's task error is made one of these too, but its text is a traceback; the plain one lies under it.
+        if isinstance(cause, UserError | Unavailable) and not isinstance(cause, RayTaskError):
             return cause
     return None
 

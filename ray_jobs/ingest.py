@@ -35,9 +35,9 @@ from ray.experimental import internal_kv
 from fvlm.config import Config
 from fvlm.data.memory import GENERATOR_BLOCKS, MB, IngestMemory, parse_bytes, share_out
 from fvlm.data.plan import Plan
-from fvlm.data.read import BlockReader, ClipReader, RawBatch, Window
+from fvlm.data.read import AWAY, BlockReader, ClipReader, RawBatch, Window
 from fvlm.data.schema import Manifest
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
 
 TASK_WINDOWS = 32
 """Windows that one task of the decoding actor prepares; what a killed one has to decode again."""
@@ -97,8 +97,8 @@ def share_of_one_rank(config: Config, memory: IngestMemory, on_gpu: bool) -> Sha
 def rank_batches(reader: ClipReader, share: Share, rank: int, world: int, start: int, stop: int) -> Iterator[RawBatch]:
     """This rank's part of the steps [start, stop), one RawBatch a step, in the plan's order.
 
-    Arrays are views into the object store: drop a batch before asking for many more. Raises UserError after the last
-    batch before the one that cannot be had: damaged, or out of reach.
+    Arrays are views into the object store: drop a batch before asking for many more. Raises an error after the last
+    batch before the one that cannot be had: UserError, it is damaged; StoreUnavailable, the store is away.
     """
     windows = reader.plan.windows(start, stop)
     size = reader.plan.global_batch // world
@@ -114,13 +114,14 @@ def rank_batches(reader: ClipReader, share: Share, rank: int, world: int, start:
 
 
 def steps_of(blocks: Iterator[RawBatch], size: int) -> Iterator[RawBatch]:
-    """Blocks -> batches of `size` clips, views of them, without padding. Raises the UserError that a block carries."""
+    """Blocks -> batches of `size` clips, views of them, without padding. Raises the error that a block carries."""
     for block in blocks:
         clips = int(np.count_nonzero(block["clip_id"] != ""))
         for at in range(0, clips, size):
             yield {key: column[at : at + size] for key, column in block.items()}
         if clips < len(block["caption"]) and block["caption"][clips]:
-            raise UserError(str(block["caption"][clips]))
+            kind = StoreUnavailable if block["replaced"][clips] == AWAY else UserError
+            raise kind(str(block["caption"][clips]))
 
 
 def cpus_needed(config: Config, ranks: int = 0) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import ray
 
@@ -15,8 +16,9 @@ class Ledger:
 
     def __init__(self, run: str, corrupt: CorruptList) -> None:
         self._run = run
-        self._reason: str | None = None
-        self._stop = asyncio.Event()
+        self._reason: tuple[str, bool] | None = None
+        self._stop, self._chosen = asyncio.Event(), asyncio.Event()
+        self._choice: tuple[Any, ...] = ()
         self._nodes: set[str] = set()
         self._corrupt = corrupt
         self._news: list[CorruptClip] = []
@@ -35,12 +37,24 @@ class Ledger:
         news, self._news = self._news, []
         return news, len(self._corrupt.known), self._replaced
 
-    async def record(self, reason: str) -> None:
-        """A rank stopped for this reason, which is the user's to mend: there is no use in another start."""
-        self._reason = self._reason or reason
+    async def record(self, reason: str, may_pass: bool = False) -> None:
+        """A rank stopped for this reason. The user has to mend it, and there is no use in another start; or it may pass
+        by itself, as a store that is away."""
+        self._reason = self._reason or (reason, may_pass)
 
-    async def reason(self) -> str | None:
+    async def reason(self) -> tuple[str, bool] | None:
+        """-> the first that was recorded, and whether it may pass."""
         return self._reason
+
+    async def choose(self, choice: tuple[Any, ...]) -> None:
+        """Rank 0 has chosen where the start begins. The fields of a `Choice`, whose module imports torch."""
+        self._choice = choice
+        self._chosen.set()
+
+    async def chosen(self) -> tuple[Any, ...]:
+        """Returns when rank 0 has, however long it takes to fetch and verify a checkpoint."""
+        await self._chosen.wait()
+        return self._choice
 
     async def joined(self, node_id: str) -> None:
         """A rank has begun on this node."""

@@ -31,7 +31,7 @@ class _Backend(_TorchBackend):
 
 
 def listen_where_the_cluster_does() -> None:
-    """Let torch, gloo and NCCL listen at this node's address in the cluster; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME win.
+    """Let torch, gloo and NCCL listen at this node's address in the cluster; {GLOO,NCCL}_SOCKET_IFNAME win.
 
     Left to itself gloo takes the address of the host's name, which many systems (Debian, for one) map to a loopback
     address: ranks on other nodes would then look for it on their own machine. NCCL takes the first interface that is up
@@ -51,13 +51,13 @@ def listen_where_the_cluster_does() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
-def bound_store(host_name: str, port: int, *args: Any, is_master: bool = False, **options: Any) -> dist.TCPStore:
+def bound_store(host_name: str, port: int, is_master: bool = False, **options: Any) -> dist.TCPStore:
     """torch's store through which ranks find each other, at the given address only: left to itself it takes all."""
     if is_master:
         family = socket.AF_INET6 if ":" in host_name else socket.AF_INET
         with contextlib.suppress(OSError):  # an address that is this machine's only to others, behind a router
             options["master_listen_fd"] = socket.create_server((host_name, port), family=family).detach()
-    return dist.TCPStore(host_name, port, *args, is_master=is_master, **options)
+    return dist.TCPStore(host_name, port, is_master=is_master, **options)
 
 
 def interface_of(address: str) -> str | None:

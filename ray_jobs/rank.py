@@ -14,17 +14,17 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 
 from fvlm.config import Config
 from fvlm.data.memory import IngestMemory
 from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
+from fvlm.errors import Unavailable
 from fvlm.train.resume import Choice, choose_checkpoint
 from fvlm.train.run_folder import Claim
 from fvlm.train.store import checkpoint_store
-from ray_jobs.cli import user_error
+from ray_jobs.cli import told_error
 from ray_jobs.feed import Feed, begun
 from ray_jobs.ingest import rank_batches, share_of_one_rank
 from ray_jobs.startup import StartUp
@@ -34,12 +34,13 @@ def train_rank(task: dict[str, Any]) -> None:
     """One rank of one start, from the checkpoint that it begins at to the step that it ends with."""
     config, manifest, memory, ledger = (task[key] for key in ("config", "manifest", "memory", "ledger"))
     try:
+        task["shared"].require()
         run_rank(config, manifest, memory, ledger, StartUp(task["begun"]))
     except Exception as error:
-        reason = user_error(error)
+        reason = told_error(error)
         if reason is None:
             raise
-        ray.get(ledger.record.remote(str(reason)))
+        ray.get(ledger.record.remote(str(reason), isinstance(reason, Unavailable)))
         if ray.train.get_context().get_world_size() > 1:
             raise  # others may wait for this rank in a collective, and only a failure ends them
 
@@ -55,7 +56,7 @@ def run_rank(config: Config, manifest: Manifest, memory: IngestMemory, ledger: A
         torch.set_num_threads(max(1, int(config.scale.cpus_per_worker)))
     run_dir = config.run_dir
     store = checkpoint_store(config, Claim(run_dir).require) if rank == 0 else checkpoint_store(config)
-    choice = told_by_rank_0(lambda: choose_checkpoint(store, run_dir), rank, world)
+    choice = told_by_rank_0(lambda: choose_checkpoint(store, run_dir), rank, ledger)
     start_up.passed("to choose the checkpoint")
 
     plan = dataclasses.replace(Plan.of_config(manifest, config), origin=choice.origin)
@@ -70,11 +71,13 @@ def run_rank(config: Config, manifest: Manifest, memory: IngestMemory, ledger: A
     train_on(Place(rank, world, device), config, manifest, store, choice, feed, ledger, start_up)
 
 
-def told_by_rank_0(choose: Callable[[], Choice], rank: int, world: int) -> Choice:
-    """Rank 0's choice, on every rank. What keeps rank 0 from choosing ends them all."""
-    choice = [choose() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(choice)
-    (chosen,) = choice
-    assert chosen is not None
-    return chosen
+def told_by_rank_0(choose: Callable[[], Choice], rank: int, ledger: Any) -> Choice:
+    """Rank 0's choice, on every rank. What keeps rank 0 from choosing ends them all.
+
+    Not a collective: a slow store may take longer than a process group waits.
+    """
+    if rank == 0:
+        choice = choose()
+        ray.get(ledger.choose.remote((choice.name, choice.step, choice.origin, choice.notes)))
+        return choice
+    return Choice(*ray.get(ledger.chosen.remote()))

@@ -14,7 +14,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from fvlm.config import Config
 from fvlm.data.storage import is_uri
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
 from fvlm.train.run_folder import CONFIG
 from fvlm.train.run_report import is_locked
 from fvlm.train.store import checkpoint_store, newest_step
@@ -57,8 +57,8 @@ class Unfinished:
     config: Config
     args: list[str]
     """Options of its last start, paths absolute."""
-    steps: int
-    """Finished ones."""
+    steps: int | None
+    """Finished ones; None where their store is away. The job waits for it, and ends at once if the run is finished."""
 
 
 def main() -> None:
@@ -149,19 +149,32 @@ def examine(folder: Path) -> Unfinished | str:
         )
     if config.run_dir.resolve() != folder.resolve():
         return f"left alone: its last start trained {config.run_dir}, so it was copied or moved; start it by hand"
-    steps = newest_step(checkpoint_store(config))
-    if steps >= config.train.max_steps:
+    steps = finished_steps(config)
+    if steps is not None and steps >= config.train.max_steps:
         return f"finished: {steps} of {config.train.max_steps} steps"
     if (folder / HELD).exists():
-        return f"held at step {steps} of {config.train.max_steps}; --release {folder.name} ends that"
+        return f"held at {position(config, steps)}; --release {folder.name} ends that"
     if is_locked(folder):
         return "running: a process trains it"
     return Unfinished(config, args, steps)
 
 
+def finished_steps(config: Config) -> int | None:
+    """None where the store of the checkpoints does not answer, which is told on a line."""
+    try:
+        return newest_step(checkpoint_store(config))
+    except StoreUnavailable as error:
+        print(f"{config.run_name}: {error}", flush=True)
+        return None
+
+
+def position(config: Config, steps: int | None) -> str:
+    return f"step {'?' if steps is None else steps} of {config.train.max_steps}"
+
+
 def go_on(client: JobSubmissionClient, run: Unfinished, dry_run: bool, deadline: float) -> bool:
     """Submit the run and say so on one line, or say why not. Returns False when that is an error."""
-    name, steps = run.config.run_name, f"step {run.steps} of {run.config.train.max_steps}"
+    name, steps = run.config.run_name, position(run.config, run.steps)
     if job := active_job(client, run.config):
         print(f"{name}: running: job {job.submission_id} is {job.status}", flush=True)
         return True

@@ -26,7 +26,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from fvlm import presets
 from fvlm.config import Config
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
 from fvlm.train.store import LocalStore, checkpoint_store, newest_step
 from fvlm.train.wandb_sink import COMMIT
 from ray_jobs.cli import run_command
@@ -227,7 +227,7 @@ def begun_at(config: Config) -> str:
     store = checkpoint_store(config)
     if isinstance(store, LocalStore):
         of_all_runs = store.root.parent if config.train.checkpoint_dir else store.root.parents[1]
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StoreUnavailable):
             return str(newest_step(store)) if of_all_runs.is_dir() else ""
     return ""
 

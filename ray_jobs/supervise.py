@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -33,12 +33,14 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from fvlm.config import Config
 from fvlm.data.corrupt import CorruptList
 from fvlm.data.schema import Manifest
-from fvlm.errors import UserError
-from fvlm.train.store import checkpoint_store, newest_step
+from fvlm.errors import StoreUnavailable, UserError
 from ray_jobs.ingest import cpus_needed, ingest_memory
 from ray_jobs.ledger import Ledger
 from ray_jobs.process_group import ProcessGroup
 from ray_jobs.rank import train_rank
+from ray_jobs.room import most_ranks, nodes, ranks_now, wait_for_room
+from ray_jobs.shared_folders import SharedFolders, shared_folders
+from ray_jobs.stores import Stores
 
 GLANCE_S, LOOK_S = 0.2, 5.0
 """How often it is seen whether a start has ended; and whether the cluster has changed."""
@@ -81,60 +83,75 @@ class StopRequest:
 
 
 def keep_training(config: Config, manifest: Manifest, stop: StopRequest, note: Callable[[str], None]) -> int:
-    """-> finished steps. Raises UserError, or the failure after which there was no progress too often.
+    """-> finished steps. Raises UserError, or the failure after which there was no progress too often; StoreUnavailable
+    when a store was away for longer than `scale.store_wait_s`.
 
     note: takes what a person should know of failures and restarts
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in RAY_TRAIN.items()})
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     use_gpu = on_gpu(config)
-    store = checkpoint_store(config)
-    done, failures, waits = newest_step(store), 0, 0
-    while done < config.train.max_steps and stop.signal is None:
-        start = Start(config, manifest, ranks_now(config, use_gpu), use_gpu)
-        failure = start.run(stop, note)
-        before, done = done, newest_step(store)
-        if failure is None:
-            continue
-        if no_room(failure):
-            waits += 1
-            if waits == 1:
-                note(f"waiting for {start.world} ranks' place in the cluster")
-            continue
-        failures = 1 if done > before else failures + 1
-        if failures > config.scale.max_failures:
-            raise failure
-        note(f"{summary(failure)}; starting again from step {done}, failure {failures} without a new checkpoint, of "
-             f"{config.scale.max_failures} that are borne")  # fmt: skip
+    stores = Stores(config, note, lambda: stop.signal)
+    done, failures, waits, had_room = stores.finished_steps(0), 0, 0, False
+    with stores.there(lambda: shared_folders(config)) as shared:
+        while done < config.train.max_steps and stop.signal is None:
+            wait_for_room(config, use_gpu, lambda: stop.signal, note, had_room)
+            if stop.signal is not None:
+                break
+            start = Start(config, manifest, ranks_now(config, use_gpu), use_gpu, shared)
+            failure = start.run(stop, note)
+            before, done = done, stores.finished_steps(done)
+            if isinstance(failure, StoreUnavailable):
+                stores.wait(failure, progress=done > before)
+                continue
+            if failure is not None and no_room(failure):
+                waits += 1
+                if waits == 1:
+                    note(f"waiting for {start.world} ranks' place in the cluster")
+                continue
+            had_room = True
+            if failure is None and (done > before or start.told or stop.signal is not None):
+                continue
+            failures = 1 if done > before else failures + 1
+            reason = failure or stores.no_progress(done)
+            if failures > config.scale.max_failures:
+                raise reason
+            note(f"{summary(reason)}; starting again from step {done}, failure {failures} without a new checkpoint, of "
+                 f"{config.scale.max_failures} that are borne")  # fmt: skip
     return done
 
 
 class Start:
     """One start of `world` ranks."""
 
-    def __init__(self, config: Config, manifest: Manifest, world: int, use_gpu: bool):
+    def __init__(self, config: Config, manifest: Manifest, world: int, use_gpu: bool, shared: SharedFolders):
         self.config = dataclasses.replace(config, scale=dataclasses.replace(config.scale, workers=world))
         self.manifest, self.world, self.use_gpu = manifest, world, use_gpu
-        self.wanted = config
+        self.wanted, self.shared = config, shared
         self.failure: BaseException | None = None
+        self.told = False
+        """Whether the ranks were asked to save and to end."""
 
-    def run(self, stop: StopRequest, note: Callable[[str], None]) -> Failure | None:
-        """Returns when the ranks have ended: None, or what Ray says of their failure. Raises UserError."""
+    def run(self, stop: StopRequest, note: Callable[[str], None]) -> Failure | StoreUnavailable | None:
+        """Returns when the ranks have ended: None, or what Ray says of their failure, or that a store is away.
+
+        Raises UserError.
+        """
         corrupt = CorruptList(self.config.run_dir, self.manifest.num_clips, self.config.data.max_corrupt)
         ledger = Ledger.remote(self.config.run_name, corrupt)  # type: ignore[attr-defined]
         thread = threading.Thread(target=self._fit, args=(ledger,), daemon=True)
         thread.start()
-        told, look_at = False, time.monotonic() + LOOK_S
+        look_at = time.monotonic() + LOOK_S
         while thread.is_alive():
             thread.join(GLANCE_S)
-            if told or (stop.signal is None and time.monotonic() < look_at):
+            if self.told or (stop.signal is None and time.monotonic() < look_at):
                 continue
             why = "asked to stop" if stop.signal else self._cause_to_move(ledger)
             look_at = time.monotonic() + LOOK_S
             if why and self._ranks_run(ledger):
                 note(f"{why}: saving after this step")
                 ledger.stop.remote()
-                told = True
+                self.told = True
             elif stop.signal:
                 return None  # the ranks still wait for a place in the cluster: there is nothing to save
         return self._outcome(ledger)
@@ -156,6 +173,7 @@ class Start:
                 "manifest": self.manifest,
                 "memory": memory,
                 "ledger": ledger,
+                "shared": self.shared,
                 "begun": time.time(),
             },
             torch_config=ProcessGroup(),
@@ -172,20 +190,23 @@ class Start:
             ),
         )
 
-    def _outcome(self, ledger: Any) -> Failure | None:
+    def _outcome(self, ledger: Any) -> Failure | StoreUnavailable | None:
         try:
             reason = ray.get(ledger.reason.remote(), timeout=GLANCE_S * 50)
         except ray.exceptions.RayError:
             reason = None  # its process was killed: what it knew will be met again
         shutil.rmtree(self.config.run_dir / STORAGE, ignore_errors=True)
-        if reason:
-            raise UserError(reason) from self.failure
-        if self.failure is None:
-            return None
-        if not isinstance(self.failure, Failure):
-            raise self.failure
-        release_places()
-        return self.failure
+        text, may_pass = reason or ("", False)
+        if text and not may_pass:
+            raise UserError(text) from self.failure
+        failure = self.failure
+        if failure and not text and not isinstance(failure, Failure):
+            raise failure
+        if failure:
+            release_places()
+        if text:
+            return StoreUnavailable(text)
+        return failure if isinstance(failure, Failure) else None
 
     def _ranks_run(self, ledger: Any) -> bool:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -211,34 +232,6 @@ def on_gpu(config: Config) -> bool:
     """Whether ranks run on GPUs; "auto": when the cluster has one now."""
     device = config.scale.device
     return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-
-
-def ranks_now(config: Config, use_gpu: bool) -> int:
-    """As many as the cluster has room for, of those that are allowed; the fewest where it has room for none.
-
-    Their request then waits in the cluster, where an autoscaler sees it.
-    """
-    if config.scale.min_workers in (0, config.scale.workers):
-        return config.scale.workers
-    staying = nodes(cluster_state.get_draining_nodes())
-    return most_ranks(config, use_gpu, staying) or min(config.rank_counts)
-
-
-def nodes(draining: Iterable[str]) -> list[dict[str, float]]:
-    """What the nodes have that are there to stay."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in set(draining)]
-
-
-def most_ranks(config: Config, use_gpu: bool, resources: list[dict[str, float]]) -> int:
-    """The largest allowed number of ranks for which nodes with these resources have room; 0 for none."""
-    scale = config.scale
-    each = max(scale.cpus_per_worker, 1e-9)
-    places = sum(
-        int(min(node.get("CPU", 0) // each, node.get("GPU", 0) if use_gpu else node.get("CPU", 0) // each))
-        for node in resources
-    )
-    cpus = sum(node.get("CPU", 0) for node in resources)
-    return max((n for n in config.rank_counts if n <= places and cpus_needed(config, n) <= cpus), default=0)
 
 
 def no_room(failure: BaseException) -> bool:

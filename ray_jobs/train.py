@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -17,20 +18,22 @@ from fvlm.config import Config
 from fvlm.convert.legacy_checkpoint import import_run
 from fvlm.data.corrupt import CorruptList
 from fvlm.data.memory import MB, IngestMemory
+from fvlm.data.outage import Outage, wait_out
 from fvlm.data.plan import Plan
 from fvlm.data.row_groups import stored_captions
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import check_shards, read_manifest
 from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
-from fvlm.errors import Damaged, UserError
+from fvlm.errors import Damaged, StoreUnavailable, UserError
 from fvlm.model.hub import vocabulary_size
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import settle_batch
 from fvlm.train.run_folder import TOKENIZER, exclusive, open_run
 from fvlm.train.run_log import FAILED
 from fvlm.train.sinks import TRAIN_LOG, TrainLog
-from fvlm.train.store import checkpoint_store, newest_step
-from ray_jobs.cli import run_command, user_error
+from fvlm.train.state import checkpoint_name
+from fvlm.train.store import checkpoint_store, newest_step, require_known
+from ray_jobs.cli import run_command, told_error
 from ray_jobs.cluster import connect
 from ray_jobs.command import remember
 from ray_jobs.feed_test import feeds
@@ -45,12 +48,12 @@ CAPTIONS_FOR_TOKENIZER = 100_000
 def main() -> None:
     """The command: parse, check everything that can be checked, then train on Ray."""
     config, test = command_line()
-    config = settle(config)
     if test:
-        sys.exit(0 if run_feed_test(config, test) else 1)
-    manifest = prepare_run(config)
+        sys.exit(0 if run_feed_test(settle(config), test) else 1)
+    outage = Outage(functools.partial(print, flush=True), config.scale.store_wait_s)
+    config, manifest, done = wait_out(lambda: ready(config), "the command waits, Ctrl-C ends it.", outage)
     run_dir, steps, store = config.run_dir, config.train.max_steps, checkpoint_store(config)
-    if (done := newest_step(store)) >= steps:
+    if done >= steps:
         print(f"{config.run_name} is finished: {done} of {steps} steps. Nothing to do.\n{run_dir}")
         return
     print(config.describe(), flush=True)
@@ -66,7 +69,7 @@ def main() -> None:
     if done < steps:
         print(f"{config.run_name}: stopped at step {done} of {steps}; the same command goes on there.", flush=True)
         os._exit(128 + (stop.signal or 0))  # a thread may still wait in Ray for a place: a plain exit would crash on it
-    print(f"{config.run_name}: finished {steps} steps. Checkpoint: {store.locate(store.names()[-1])}", flush=True)
+    print(f"{config.run_name}: finished {steps} steps. Checkpoint: {store.locate(checkpoint_name(done))}", flush=True)
 
 
 @contextlib.contextmanager
@@ -76,7 +79,7 @@ def failure_noted(note: Callable[[str], None]) -> Iterator[None]:
         yield
     except Exception as error:
         with contextlib.suppress(UserError, OSError):  # there may be no room for the line
-            note(f"{FAILED}{user_error(error) or summary(error)}")
+            note(f"{FAILED}{told_error(error) or summary(error)}")
         raise
 
 
@@ -134,17 +137,27 @@ def check_evaluation(config: Config, manifest: Manifest) -> None:
         look_at_shards(config, clips.reader.manifest)
 
 
+def ready(config: Config) -> tuple[Config, Manifest, int]:
+    """What a start needs of the data and of the run's folder; and its finished steps. Raises UserError,
+    StoreUnavailable; then it can be called again."""
+    config = settle(config)
+    return config, prepare_run(config), newest_step(checkpoint_store(config))
+
+
 def prepare_run(config: Config) -> Manifest:
-    """Everything that can fail before a GPU is taken: dataset, run folder, tokenizer. Raises UserError."""
+    """Everything that can fail before a GPU is taken: dataset, run folder, tokenizer. Raises UserError,
+    StoreUnavailable."""
     manifest = open_dataset(config)
     check_evaluation(config, manifest)
     is_new = not config.run_dir.exists()
-    run_dir = open_run(config, manifest)
+    run_dir, store = open_run(config, manifest), checkpoint_store(config)
     try:
         make_tokenizer(config, manifest, run_dir / TOKENIZER)
-        if config.import_checkpoint and not checkpoint_store(config).names():
-            import_run(Path(config.import_checkpoint), config, manifest, checkpoint_store(config))
-    except UserError:
+        names = store.names()
+        require_known(store, run_dir, names)
+        if config.import_checkpoint and not names:
+            import_run(Path(config.import_checkpoint), config, manifest, store)
+    except (UserError, StoreUnavailable):
         if is_new:  # otherwise its config would stand in the way of the corrected command
             shutil.rmtree(run_dir)
         raise

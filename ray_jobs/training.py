@@ -38,6 +38,7 @@ from fvlm.train.optim import freeze_unreached, make_optimizer
 from fvlm.train.resume import Choice
 from fvlm.train.run_folder import TOKENIZER
 from fvlm.train.samples import Samples
+from fvlm.train.save_signal import SaveSignal
 from fvlm.train.saver import Saver, ShardGiver
 from fvlm.train.sharded import build_sharded
 from fvlm.train.sinks import JsonLines, Sink, TrainLog
@@ -95,7 +96,7 @@ def train_watched(
     main, on_gpu = place.rank == 0, place.device.type == "cuda"
     # Before the model is made: it seeds torch's generator too.
     meter = FlopMeter.of_config(config, latent_shape, place.device) if main and on_gpu else None
-    run = make_run(config, manifest, place.device, store, choice)
+    run = make_run(config, manifest, place.device, store, choice, watch.extend)
     watch.extend()
     clips = eval_clips(config, manifest)
     with contextlib.ExitStack() as cleanup:
@@ -110,7 +111,8 @@ def train_watched(
             for sink, note in itertools.product(sinks, notes):
                 sink.note(note)
         tokens = caption_tokenizer(config)
-        saver = cleanup.enter_context(Saver(run, store, writer.note, watch.extend)) if writer else None
+        saving = SaveSignal()
+        saver = cleanup.enter_context(Saver(run, store, writer.note, watch.extend, saving)) if writer else None
         samples = Samples(config, run.step, place.rank, place.world)
 
         def counts() -> Row:
@@ -122,7 +124,7 @@ def train_watched(
         if clips:
             decode = functools.partial(decoded, clips, place.rank, place.world)
             hooks.append(Evaluation(run, clips, tokens, place.rank, sinks, decode, watch.long, logger.read_gathered))
-        last = saver or ShardGiver(run)
+        last = saver or ShardGiver(run, watch.extend, saving)
         hooks += [last, start_up.tell(writer.note)] if writer else [last]
         start_up.passed("for model and weights")
         made = cleanup.enter_context(contextlib.closing(feed.batches(Collator(manifest.spec, tokens), place.device)))
@@ -191,8 +193,15 @@ def known_damage(config: Config, clips: int) -> list[str]:
     return [f"{clips} clips are known to be damaged, others stand in for them; {listed}"] if clips else []
 
 
-def make_run(config: Config, manifest: Manifest, device: torch.device, store: CheckpointStore, choice: Choice) -> Run:
-    """The run as the chosen checkpoint left it, or at step 0."""
+def make_run(
+    config: Config,
+    manifest: Manifest,
+    device: torch.device,
+    store: CheckpointStore,
+    choice: Choice,
+    alive: Callable[[], None],
+) -> Run:
+    """The run as the chosen checkpoint left it, or at step 0. alive: called while the checkpoint is fetched"""
     configure_numerics(config, device)
     pretrained = choice.name is None  # otherwise the checkpoint has all weights
     latent_shape = manifest.spec.latent_shape
@@ -204,7 +213,7 @@ def make_run(config: Config, manifest: Manifest, device: torch.device, store: Ch
     optimizer = make_optimizer(model, config.optim)
     run = Run(config, Plan.of_config(manifest, config), model, optimizer, Metrics(config.train.ratio_window), Clock())
     if choice.name:
-        with store.open(choice.name) as checkpoint:
+        with store.open(choice.name, alive) as checkpoint:
             run.restore(checkpoint)
     return run
 

@@ -53,6 +53,9 @@ class Proxy(ThreadingHTTPServer):
     "empty": a body of half its length or of none, announced as whole. "garbled": one bit of the body is flipped.
     "drip": a byte now and then. "lost": what was asked for is done, and no answer comes.
 
+    `outage`, while it is not "", befalls every request: "silent", no answer while it lasts; "hang up", none ever.
+    `bytes_s`: how fast bodies of uploads are taken; 0: at once.
+
     Every answer comes `delay_s` late. Whether a request suffers is drawn from `seed`, its method and path, and how many
     such came before: the order in which threads come does not matter. `requests` holds (method, path, range) of all,
     `faults` counts.
@@ -69,6 +72,8 @@ class Proxy(ThreadingHTTPServer):
         self.faults: Counter[str] = Counter()
         self.sent = 0  # bytes of bodies
         self.gone = threading.Event()
+        self.outage = ""
+        self.bytes_s = 0.0
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -126,7 +131,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.at_once -= 1
 
     def answer(self, fault: str | None) -> None:
+        if self.server.outage:
+            while self.server.outage == "silent" and not self.server.gone.wait(0.1):
+                pass
+            self.close_connection = True
+            return
         sent = self.body()
+        if self.server.bytes_s:
+            self.server.gone.wait(len(sent) / self.server.bytes_s)
         if fault == "late" or self.server.gone.is_set():
             self.server.gone.wait()
             self.close_connection = True

@@ -120,12 +120,52 @@ def wait_for_a_checkpoint(folder: Path, how: str) -> None:
     print("ended")
 
 
+def save_slowly(folder: Path, rank: int) -> None:
+    """The first write and the last take longer than a hang may, and get further all the time.
+
+    The second save comes before the first is through, in mid-run; the last comes at the end.
+    """
+    from runs import advance, make_run
+
+    from fvlm.train.save_signal import SaveSignal
+    from fvlm.train.saver import Saver, ShardGiver
+    from fvlm.train.state import Contents
+    from fvlm.train.store import LocalStore
+
+    class Store(LocalStore):
+        def write(self, contents: Contents) -> None:
+            files, until = contents.tensor_files(), time.monotonic() + 1.5 * LONG * HANG_S
+            while contents.step in (2, 6) and time.monotonic() < until:
+                next(files["model.safetensors"].pieces())
+                time.sleep(0.1)
+            super().write(contents)
+
+    run = make_run(folder, max_steps=6, save_every=2)
+    config = dataclasses.replace(run.config, scale=ScaleConfig(hang_s=HANG_S))
+    with HangWatch(config, 0, rank, 2) as watch:
+        signal = SaveSignal()
+        saver, others = (
+            Saver(run, Store(folder / "c"), print, watch.extend, signal),
+            ShardGiver(run, watch.extend, signal),
+        )
+        hook = others if rank else saver
+        (folder / f"began-{rank}").touch()
+        for _ in range(6):
+            wait_for_the_others()  # as a step does
+            advance(run)
+            watch.after_step(run.step, {})
+            hook.after_step(run.step, {})
+    print("ended")
+
+
 def main() -> None:
     how, folder, rank, world = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     if world > 1:
         join(folder, rank, world)
     if how == "start":
         start_training(folder, rank)
+    elif how == "slow saves":
+        save_slowly(folder, rank)
     elif how in ("slow store", "dead store"):
         wait_for_a_checkpoint(folder, how)
     else:

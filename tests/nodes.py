@@ -75,15 +75,18 @@ class Nodes:
         """`command`, to be run on the node."""
         return ["ip", "netns", "exec", self.space(node), *command]
 
-    def start(self, node: int, cpus: int) -> None:
-        """Start Ray on the node: a new cluster on node 0, or one more node of it."""
+    def start(self, node: int, cpus: int, hide: Path | None = None) -> None:
+        """Start Ray on the node: a new cluster on node 0, or one more node of it.
+
+        hide: a folder that the node does not share: an empty disk of its own lies there
+        """
         if not Path(f"/var/run/netns/{self.space(node)}").exists():
             self.plug(node)
         where = ["--head", f"--port={PORT}", "--include-dashboard=false"] if node == 0 else [f"--address={self.head}"]
         temp = self.folder / f"n{node}-{len(self.processes)}-{time.monotonic_ns() % 10_000}"
         log = (self.folder / f"node-{node}.log").open("ab")
         self.processes[node] = subprocess.Popen(
-            self.command(node, str(RAY), "start", "--block", *where, f"--temp-dir={temp}",
+            self.command(node, *own_disk(hide), str(RAY), "start", "--block", *where, f"--temp-dir={temp}",
                          f"--node-ip-address={self.address(node)}", f"--num-cpus={cpus}",
                          f"--object-store-memory={STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"),
             env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
@@ -141,6 +144,11 @@ class Nodes:
                         os.kill(pid, signal.SIGKILL)
                 ip("netns", "del", self.space(node))
         ip("netns", "del", self.hub)
+
+
+def own_disk(folder: Path | None) -> list[str]:
+    """The beginning of a command to which an empty disk lies at `folder`. `ip netns exec` has given it its mounts."""
+    return ["sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(folder)] if folder else []
 
 
 def ip(*words: str) -> None:

@@ -133,7 +133,7 @@ OPTIONS = """
     --train.deterministic --train.no-deterministic
     --eval.path --eval.every --eval.clips --eval.pictures
     --scale.workers --scale.device --scale.cpus-per-worker --scale.max-failures --scale.hang-s
-    --scale.min-workers --scale.strategy
+    --scale.min-workers --scale.strategy --scale.store-wait-s --scale.room-wait-s
     --log.wandb-project --log.wandb --log.samples --log.no-samples
 """.split()  # noqa: SIM905  (a list is four times as long)
 

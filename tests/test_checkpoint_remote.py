@@ -18,7 +18,7 @@ from fvlm.config import identity, validate
 from fvlm.data.counts import counted
 from fvlm.data.retries import Patience
 from fvlm.data.storage import Storage
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
 from fvlm.train.loop import Run
 from fvlm.train.resume import choose_checkpoint
 from fvlm.train.saver import Saver
@@ -110,7 +110,7 @@ def test_an_upload_that_dies_leaves_no_checkpoint_and_the_next_start_sweeps_it_u
         try:
             remote(dying, tmp_path, few).write(contents(run))
             failed = False
-        except UserError as error:
+        except StoreUnavailable as error:
             assert "could not be reached" in str(error) and "secret" not in str(error)
         listed = [1, 2] if f"step-00000002/{STATE}" in keys(store, tmp_path) else [1]
         assert good.names() == [f"step-{step:08d}" for step in listed]

@@ -20,7 +20,7 @@ from fvlm.train.hang import HEAD_BYTES, LONG, STACKS, HangWatch, collect_stacks
 
 PATIENCE_S = 240
 RANKS = {"collective": 2, "interpreter": 1, "slow": 1, "first": 1, "long": 1, "error": 1,
-         "asleep": 1, "watcher killed": 1, "start": 2, "slow store": 1, "dead store": 1}  # fmt: skip
+         "asleep": 1, "watcher killed": 1, "start": 2, "slow store": 1, "dead store": 1, "slow saves": 2}  # fmt: skip
 
 
 @dataclass
@@ -125,6 +125,14 @@ def test_a_final_checkpoint_may_take_longer_than_a_hang_while_it_gets_further(en
     assert slow.codes == [0] and "ended" in slow.output, slow.output
     assert slow.files == slow.stacks == []
     assert slow.seconds > LONG * HANG_S
+
+
+def test_slow_checkpoints_are_a_hang_on_no_rank_while_they_get_further_in_mid_run_and_at_the_end(ended):
+    slow = ended["slow saves"]
+    assert slow.codes == [0, 0] and slow.output.count("ended") == 2, slow.output
+    assert slow.files == slow.stacks == []
+    assert slow.seconds > 2 * LONG * HANG_S
+    assert slow.output.count("saved step-") == 3
 
 
 def test_a_store_that_takes_nothing_any_more_is_a_hang(ended):

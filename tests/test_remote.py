@@ -24,7 +24,7 @@ from fvlm.data.retries import Patience, persist
 from fvlm.data.row_groups import HOLE_BYTES, READS, RowGroups
 from fvlm.data.schema import Manifest, frame_column, latent_column
 from fvlm.data.storage import Storage
-from fvlm.errors import Damaged, UserError
+from fvlm.errors import Damaged, StoreUnavailable, UserError
 
 QUICK = Patience(attempts=10, first_wait_s=0.001, longest_wait_s=0.01, timeout_s=1.0)
 SHARDS, GROUPS = 10, 3
@@ -172,11 +172,11 @@ def test_a_server_that_fails_for_good_is_not_taken_for_damage_and_is_given_up(pr
     row_groups = over(dead, local, patience)
     begun = time.monotonic()
     with pytest.raises(
-        UserError, match=r"shard-00001.parquet: could not be reached: .*failed 3 times, at last"
+        StoreUnavailable, match=r"shard-00001.parquet: could not be reached: .*failed 3 times, at last"
     ) as caught:
         row_groups.read("shard-00001.parquet", 0, COLUMNS)
     assert time.monotonic() - begun < 10
-    assert not isinstance(caught.value, Damaged) and len(dead.requests) == 3
+    assert not isinstance(caught.value, UserError) and len(dead.requests) == 3
     assert sum(" of 3 failed (" in r.getMessage() for r in caplog.records) == 2
 
 
@@ -185,16 +185,16 @@ def test_a_server_that_goes_away_after_the_shard_was_opened_is_not_taken_for_dam
     row_groups = over(first, local, dataclasses.replace(QUICK, attempts=3))
     row_groups.read("shard-00001.parquet", 0, COLUMNS)
     first.go_away()
-    with pytest.raises(UserError, match="could not be reached") as caught:
+    with pytest.raises(StoreUnavailable, match="could not be reached") as caught:
         row_groups.read("shard-00001.parquet", 1, COLUMNS)
-    assert not isinstance(caught.value, Damaged)
+    assert not isinstance(caught.value, UserError)
 
 
 def test_a_server_that_drips_bytes_cannot_hold_a_run(proxy, local) -> None:
     dripping = proxy(drip=1.0)
     patience = Patience(attempts=2, first_wait_s=0.001, timeout_s=0.5, slowest_bytes_s=1e6)
     begun = time.monotonic()
-    with pytest.raises(UserError, match=r"no whole answer within 0\.[5-9] s"):
+    with pytest.raises(StoreUnavailable, match=r"no whole answer within 0\.[5-9] s"):
         over(dripping, local, patience).read("shard-00000.parquet", 0, COLUMNS)
     assert time.monotonic() - begun < 5
 
@@ -308,11 +308,13 @@ def closed_port() -> int:
         return int(s.getsockname()[1])
 
 
-def test_google_storage_out_of_reach_is_a_bounded_user_error() -> None:
+def test_google_storage_out_of_reach_is_given_up_after_a_bounded_time() -> None:
     root = f"gs://anonymous@clips/set?endpoint_override=127.0.0.1:{closed_port()}&scheme=http"
     storage = Storage(root, Patience(attempts=2, first_wait_s=0.01, timeout_s=5.0))
     assert storage.locate("x") == "gs://clips/set/x" and not storage.is_local
-    with pytest.raises(UserError, match=r"gs://clips/set/x: could not be reached: .* failed 2 times.*UNAVAILABLE"):
+    with pytest.raises(
+        StoreUnavailable, match=r"gs://clips/set/x: could not be reached: .* failed 2 times.*UNAVAILABLE"
+    ):
         storage.open("x")
 
 

@@ -13,7 +13,7 @@ from fvlm.config import Config, ModelConfig
 from fvlm.data.corrupt import CorruptList
 from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
-from fvlm.errors import UserError
+from fvlm.errors import Unavailable, UserError
 from fvlm.model.hub import build_model
 from fvlm.train.run_folder import CONFIG, TOKENIZER, open_run
 from fvlm.train.run_report import LastStart, RunReport, is_locked, report
@@ -55,7 +55,7 @@ def look_at_run(config: Config, manifest: Manifest | None, now: float) -> tuple[
             open_run(config, manifest)  # there is a config, so this only compares
             CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)
         done = newest_step(checkpoint_store(config))
-    except UserError as error:
+    except (UserError, Unavailable) as error:
         return [of_error(what, error)], False
     found = report(run_dir, LastStart(config, None, held=False), now)
     return [_position(config, done, found)], done > 0 and (run_dir / TOKENIZER).is_dir()
@@ -78,7 +78,7 @@ def look_at_checkpoint_disk(config: Config, machine: Machine, latent_shape: tupl
         each = BYTES_OF_STATE * parameters(config.model, latent_shape)
         store = checkpoint_store(config)
         more = checkpoints_left(config, newest_step(store)) * each
-    except UserError as error:
+    except (UserError, Unavailable) as error:
         return [of_error("checkpoints", error)]
     place = config.train.checkpoint_dir
     if not place:

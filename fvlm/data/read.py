@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,10 @@ from fvlm.data.corrupt import CorruptClip, Place, known_corrupt, neighbours
 from fvlm.data.counts import counted
 from fvlm.data.decode import decode_frame, even_steps
 from fvlm.data.plan import Plan
+from fvlm.data.retries import Patience
 from fvlm.data.row_groups import RowGroups
 from fvlm.data.schema import DatasetSpec, Manifest, frame_column, latent_column
-from fvlm.errors import Damaged, UserError
+from fvlm.errors import Damaged, StoreUnavailable, UserError
 
 RawBatch = dict[str, Any]
 """Clips of one rank, those of one or more steps one after another, N of them:
@@ -45,6 +47,8 @@ REMOTE_READS = 4
 
 MOST_NEIGHBOURS = 300
 """Clips tried as a stand-in for one. A dataset where so many in a row are damaged is lost."""
+AWAY = "away"
+"""Instead of a replaced clip, in the row that carries an error: it is StoreUnavailable, and no UserError."""
 WHOLE_SHARD = ("missing", "footer")
 """Reasons for which nothing of a shard can be read."""
 
@@ -69,6 +73,7 @@ class ClipReader:
     cache: RowGroupCache | None = None
     replace: bool = False
     known_bad: dict[Place, CorruptClip] = field(default_factory=dict)
+    patience: Patience = field(default_factory=Patience)
 
     @classmethod
     def of_config(cls, manifest: Manifest, plan: Plan, config: Config) -> ClipReader:
@@ -81,6 +86,7 @@ class ClipReader:
             RowGroupCache(data.cache_dir, int(data.cache_gb * 1e9)) if data.cache_dir else None,
             data.on_corrupt == "replace",
             known_corrupt(config.run_dir),
+            Patience().within(config.scale.hang_s / 2 or math.inf),  # what is away is known before it looks like a hang
         )
 
     @property
@@ -112,7 +118,7 @@ class BlockReader:
     threads:     that decode (libjpeg-turbo works without the interpreter's lock)
     block_steps: steps in one block
     pad:         a window's last block is as long as the others: at its end are clips without an id, undefined pixels;
-                 the caption of the first of them, if it has one, is the UserError that came where its clip should be
+                 the caption of the first of them, if it has one, is the error that came where its clip should be
 
     Each row group is read once while windows follow each other, and held compressed until no window needs it. Decoding
     runs one block ahead, reading one window. Not for use by several threads.
@@ -121,7 +127,7 @@ class BlockReader:
     def __init__(self, clips: ClipReader, threads: int = 1, block_steps: int = 1, pad: bool = False):
         self.clips, self.block_steps, self._pad = clips, block_steps, pad
         self._shards, self._shard_rows = clips.manifest.files["name"], clips.manifest.shard_rows
-        self._row_groups = RowGroups.of(clips.manifest, clips.cache)
+        self._row_groups = RowGroups.of(clips.manifest, clips.cache, clips.patience)
         self._decoding = ThreadPoolExecutor(threads, "decode")
         self._reading = ThreadPoolExecutor(1 if self._row_groups.storage.is_local else REMOTE_READS, "read")
         self._held: dict[tuple[int, int], Future[_RowGroup]] = {}
@@ -138,7 +144,7 @@ class BlockReader:
         A block is good only until the next one is asked for: then its memory is decoded into again.
 
         After the last step before it, raises Damaged naming shard, row group, row and clip when something is damaged
-        and `replace` is False; UserError when the store cannot be reached. Padded blocks carry it instead.
+        and `replace` is False; StoreUnavailable when the store is away. Padded blocks carry it instead.
         """
         at_work: tuple[int, list[Future[_Decoded]]] | None = None
         block = np.empty((0, 0, 3), np.int64)
@@ -236,10 +242,10 @@ class BlockReader:
         try:
             for future in decoding:
                 done.append(future.result())
-        except UserError as error:
+        except (UserError, StoreUnavailable) as error:
             del done[len(done) // step * step :]
             if self._pad:
-                done.append(_Decoded(str(error), "", 0.0, 0.0))
+                done.append(_Decoded(str(error), "", 0.0, 0.0, AWAY if isinstance(error, StoreUnavailable) else ""))
             if done:
                 yield self._block(slot, done)
             if not self._pad:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fvlm.data.counts import count
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -21,9 +22,11 @@ T = TypeVar("T")
 MISSING = ("RESOURCE_NOT_FOUND", "NO_SUCH_KEY")
 DENIED = (
     *("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID"),  # S3
-    *("NO_SUCH_BUCKET", "HTTP status 401", "HTTP status 403"),
+    *("NO_SUCH_BUCKET", "INVALID_BUCKET_NAME", "EXPIRED_TOKEN", "EXPIREDTOKEN", "ExpiredToken"),
     *("PERMISSION_DENIED", "UNAUTHENTICATED"),  # Google Cloud Storage
 )
+# Statuses of a wrong address or of a refusal. Not 404, which is no file; nor 408, 409, 412, 425 and 429, which pass.
+REFUSED = re.compile(r"HTTP status (30[1278]|40[0-367]|41[01])\b|^Bucket '.*' not found")
 
 _jitter = random.Random()  # not the global generator: whoever seeds that one must not make all processes wait alike
 
@@ -36,6 +39,7 @@ class Patience:
                      in 170,000 things; with the waits below they span about half a minute
     first_wait_s:    wait before the second attempt; doubled each time, then scaled by a random 0.5 to 1
     longest_wait_s:  bound of the doubling
+    longest_s:       no new attempt is made after so many seconds, and no read lasts longer, with all its attempts
     timeout_s:       silence after which a request is given up
     slowest_bytes_s: a request for n bytes is given up after timeout_s + n / slowest_bytes_s, silent or not, so that a
                      server that sends a byte now and then cannot hold a run
@@ -44,6 +48,7 @@ class Patience:
     attempts: int = 10
     first_wait_s: float = 0.1
     longest_wait_s: float = 10.0
+    longest_s: float = 300.0
     timeout_s: float = 20.0
     slowest_bytes_s: float = 100_000.0
 
@@ -53,7 +58,12 @@ class Patience:
 
     def deadline_s(self, size: int) -> float:
         """Seconds that one request for `size` bytes may take."""
-        return self.timeout_s + size / self.slowest_bytes_s
+        return min(self.timeout_s + size / self.slowest_bytes_s, self.longest_s)
+
+    def within(self, seconds: float) -> Patience:
+        """The same, but at most `seconds` for one thing that is read, in which there is time for three attempts."""
+        limit_s = min(self.longest_s, seconds)
+        return replace(self, longest_s=limit_s, timeout_s=min(self.timeout_s, limit_s / 3))
 
 
 def one_line(error: BaseException) -> str:
@@ -69,27 +79,30 @@ def persist(action: Callable[[], T], what: str, where: str, patience: Patience, 
     and may still be running after it was given up: it must not write to anything that others read.
 
     Raises FileNotFoundError at once when the store says that there is no such thing, UserError at once when it says
-    that we may not, and UserError with the last reason when every attempt failed.
+    that we may not, and StoreUnavailable with the last reason when every attempt failed.
     """
-    attempt = 1
+    attempt, begin = 1, time.monotonic()
     while True:
+        left_s = patience.longest_s - (time.monotonic() - begin)
         try:
-            return _within(deadline_s, action)
+            return _within(deadline_s if deadline_s > patience.longest_s else min(deadline_s, left_s), action)
         except OSError as error:
             reason = one_line(error)
             if isinstance(error, FileNotFoundError) or any(code in reason for code in MISSING):
                 raise FileNotFoundError(f"{where}: {reason}") from error
-            if isinstance(error, PermissionError) or any(code in reason for code in DENIED):
+            if isinstance(error, PermissionError) or REFUSED.search(reason) or any(code in reason for code in DENIED):
                 raise UserError(
-                    f"{where}: {what} was refused ({reason}). Check the bucket's name, the credentials that this "
-                    "machine and every node uses, and that they may list the bucket and read its objects."
+                    f"{where}: {what} was refused ({reason}). Check the bucket's name, region and endpoint, the "
+                    "credentials that this machine and every node uses, and that they may list the bucket and read its "
+                    "objects."
                 ) from error
-            if attempt >= patience.attempts:
-                raise UserError(
+            for_s, wait = time.monotonic() - begin, patience.wait_s(attempt)
+            if attempt >= patience.attempts or for_s + wait >= patience.longest_s:
+                raise StoreUnavailable(
                     f"{where}: could not be reached: {what} failed {attempt} times, at last with: {reason}. "
-                    "Check the network, the endpoint and the store itself, then run the same command again."
+                    "Check the network, the endpoint and the store itself.",
+                    for_s,
                 ) from error
-        wait = patience.wait_s(attempt)
         count("retries")
         log.warning(
             "%s: %s: attempt %d of %d failed (%s); next in %.2f s",

@@ -18,6 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,10 +27,11 @@ import pyarrow.parquet as pq
 
 from fvlm.data.cache import RowGroupCache
 from fvlm.data.counts import count
-from fvlm.data.retries import one_line
+from fvlm.data.retries import Patience, one_line
 from fvlm.data.schema import MANIFEST, SPEC_KEY, DatasetSpec, Manifest, arrow_schema
 from fvlm.data.storage import Range, Storage, pieces
-from fvlm.errors import Damaged, UserError
+from fvlm.errors import Damaged, StoreUnavailable, UserError
+from fvlm.files import away_is_unavailable, is_away
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,8 +72,8 @@ class RowGroups:
     cache: RowGroupCache | None = None
 
     @classmethod
-    def of(cls, manifest: Manifest, cache: RowGroupCache | None = None) -> RowGroups:
-        return cls(Storage(manifest.root), manifest.spec, manifest.fingerprint, cache)
+    def of(cls, manifest: Manifest, cache: RowGroupCache | None = None, patience: Patience | None = None) -> RowGroups:
+        return cls(Storage(manifest.root, patience or Patience()), manifest.spec, manifest.fingerprint, cache)
 
     def read(self, shard: str, group: int, columns: Sequence[str], shard_rows: int | None = None) -> pa.Table:
         """Columns `columns` of row group number `group` of file `shard`, in the order in which the file has them.
@@ -80,8 +82,9 @@ class RowGroups:
 
         Every page's checksum is verified, and a cached file's too: a flipped byte is an error or read anew, never data.
 
-        Raises Damaged, naming shard and row group: "missing", "footer", "foreign" or "rows". UserError: the store
-        cannot be reached or refuses, the cache cannot be used. ValueError: a column that the spec does not have.
+        Raises Damaged, naming shard and row group: "missing", "footer", "foreign" or "rows". StoreUnavailable: the
+        store or disk is away. UserError: it refuses, the cache cannot be used. ValueError: a column that the spec does
+        not have.
         """
         if unknown := set(columns) - set(arrow_schema(self.spec).names):
             raise ValueError(f"a shard of this dataset has no columns {sorted(unknown)}")
@@ -136,9 +139,11 @@ class RowGroups:
     def _key(self, shard: str) -> _Key:
         """What an open shard is known by: a local file that was put in another's place is another shard."""
         version: tuple[int, ...] = ()
-        if self.storage.is_local and (path := self.storage.folder / shard).exists():
-            found = path.stat()
-            version = (found.st_ino, found.st_mtime_ns, found.st_size)
+        if self.storage.is_local:
+            path = self.storage.folder / shard
+            with away_is_unavailable(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found = path.stat()
+                version = (found.st_ino, found.st_mtime_ns, found.st_size)
         return self.storage, self.spec, shard, version
 
     def _open(self, shard: str) -> _OpenShard:
@@ -226,7 +231,14 @@ _OPEN_LOCK = threading.Lock()
 
 
 def _open_local(storage: Storage, shard: str) -> _OpenShard:
-    file, where = storage.open(shard), storage.locate(shard)
+    where = storage.locate(shard)
+    try:
+        file = storage.open(shard)
+    except Damaged as error:
+        if error.reason == "missing" and not (storage.folder / MANIFEST).is_file():
+            # Not one shard is gone but all of it: a disk that was unmounted.
+            raise StoreUnavailable(f"{storage.locate()}: the dataset has gone. Check the mount.") from error
+        raise
     parquet = _parquet(file, where)
     return _OpenShard(where, file, file.size(), parquet.metadata, parquet)
 
@@ -262,7 +274,14 @@ def _parquet(file: pa.NativeFile, where: str, metadata: pq.FileMetaData | None =
     try:
         return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
+        _require_there(where, error)
         raise _no_footer(where, one_line(error)) from error
+
+
+def _require_there(where: str, error: Exception) -> None:
+    """Raise StoreUnavailable where `error` is a network disk's that is away, so that nothing is taken for damaged."""
+    if isinstance(error, OSError) and is_away(error, Path(where)):
+        raise StoreUnavailable(f"{where}: the disk does not answer ({one_line(error)}). Check the mount.") from error
 
 
 def _no_footer(where: str, reason: str) -> Damaged:
@@ -340,6 +359,7 @@ def _parse_rows(parquet: pq.ParquetFile, where: str, group: int, columns: Sequen
             raise pa.ArrowInvalid(f"{table.num_rows} rows of {table.num_columns} columns, the footer says {rows}")
         return table
     except (pa.ArrowException, OSError) as error:
+        _require_there(where, error)
         raise Damaged(
             f"{where}: row group {group} cannot be read; damaged ({one_line(error)}). Restore the shard from a copy.",
             "rows",

@@ -3,7 +3,7 @@
 A local folder is only read here; `fvlm/files.py` writes to it, in ways that an object store has not.
 
 A remote request is retried here and nowhere else (`fvlm/data/retries.py`): the S3 client's own retries are off, since
-they can be neither counted nor logged. They stay on for the listing alone, which is one call of many requests.
+they can be neither counted nor logged. They stay on for what is one call of many requests: a listing, a large upload.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import pyarrow.fs
 
 from fvlm.config import is_uri
 from fvlm.data.retries import Patience, one_line, persist
-from fvlm.errors import Damaged, UserError
+from fvlm.errors import Damaged, StoreUnavailable, UserError
+from fvlm.files import away_is_unavailable, is_away
 
 T = TypeVar("T")
 
@@ -33,6 +34,9 @@ PARALLEL_REQUESTS = 8
 """Requests in flight at a time for one call of `Storage.read_ranges`."""
 LARGEST_REQUEST = 8 << 20
 """Bytes: what is larger is asked for in pieces, so that a failure costs little and pieces come in parallel."""
+MANY_PARTS = 32 << 20
+"""Bytes: an upload of more than three parts or so. A single failing part must not begin all of it anew."""
+MOST_OWN_RETRIES = 5
 LISTING_LIMIT_S = 1800.0
 """A listing is one call, whatever its length: 1,000 names a request, so about 5 minutes for a million."""
 S3_OPTIONS = ("region", "scheme", "endpoint_override", "tls_ca_file_path", "force_virtual_addressing")
@@ -51,7 +55,7 @@ class Storage:
           AWS_ENDPOINT_URL in the environment does too. Credentials: the usual ones of each store.
 
     Methods may be called from any thread. Where they say "Raises", `Damaged("missing")` means that the store answered
-    and has no such file; a store that does not answer is a UserError that is not Damaged.
+    and has no such file; a store or network disk that does not answer is StoreUnavailable, which may pass.
     """
 
     root: str
@@ -78,7 +82,7 @@ class Storage:
     def open(self, name: str) -> pa.NativeFile:
         """File `name` for random access. Reads through it are not retried.
 
-        Raises Damaged: missing, or empty where it is local. UserError: refused or out of reach.
+        Raises Damaged: missing, or empty where it is local. UserError: refused. StoreUnavailable.
         """
         where = self.locate(name)
         try:
@@ -127,13 +131,13 @@ class Storage:
             raise _missing(where) from error
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file directly under the root, by name, from one listing. Raises UserError."""
+        """Bytes of every file directly under the root, by name, from one listing. Raises as `tree` does."""
         where = self.locate()
         try:
             if self.is_local:
-                with os.scandir(self.folder) as entries:
+                with away_is_unavailable(self.folder), os.scandir(self.folder) as entries:
                     return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-            files, base = _connect(self, listing=True)
+            files, base = _connect(self, patient=True)
             selector = pa.fs.FileSelector(base)
             found = persist(lambda: files.get_file_info(selector), "listing it", where, self.patience, LISTING_LIMIT_S)
         except FileNotFoundError as error:
@@ -145,30 +149,35 @@ class Storage:
     def tree(self) -> dict[str, int]:
         """Bytes of every file under a remote root, by its path below it; none where there is no such root.
 
-        Raises UserError.
+        Raises UserError, also where there is no such bucket, and StoreUnavailable.
         """
-        files, base = _connect(self, listing=True)
-        selector = pa.fs.FileSelector(base, allow_not_found=True, recursive=True)
-        found = persist(
-            lambda: files.get_file_info(selector), "listing it", self.locate(), self.patience, LISTING_LIMIT_S
-        )
+        files, base = _connect(self, patient=True)
+        # Not `allow_not_found`: a bucket that is missing would look like one without checkpoints.
+        selector = pa.fs.FileSelector(base, recursive=True)
+        try:
+            found = persist(
+                lambda: files.get_file_info(selector), "listing it", self.locate(), self.patience, LISTING_LIMIT_S
+            )
+        except FileNotFoundError:
+            return {}
         return {info.path.removeprefix(f"{base}/"): info.size for info in found if info.is_file}
 
-    def download(self, name: str, to: Path) -> None:
-        """Copy remote file `name` to `to`. Raises as `open` does."""
+    def download(self, name: str, to: Path, progress: Callable[[], None] = lambda: None) -> None:
+        """Copy remote file `name` to `to`. Raises as `open` does. progress: called whenever a few MB more are here"""
         with self.open(name) as file, to.open("wb") as out:
             ranges = pieces(0, file.size())
             for first in range(0, len(ranges), PARALLEL_REQUESTS):
                 for piece in self.read_ranges(name, file, ranges[first : first + PARALLEL_REQUESTS]):
                     out.write(piece.data)
+                progress()
 
     def write(self, name: str, content: Callable[[], Iterable[bytes | memoryview]], size: int) -> None:
         """Make or replace remote file `name`. Each attempt asks for `content` anew, `size` bytes in all.
 
         A file may be there in part after an attempt that failed: what vouches for it has to be written after it.
-        Raises UserError.
+        Raises UserError, StoreUnavailable.
         """
-        files, base = _connect(self)
+        files, base = _connect(self, patient=size > MANY_PARTS)
 
         def upload() -> None:
             _upload(files, f"{base}/{name}", content())
@@ -181,7 +190,7 @@ class Storage:
         persist(upload, f"writing {size} bytes", self.locate(name), self.patience, threading.TIMEOUT_MAX)
 
     def remove(self, name: str) -> None:
-        """Delete remote file `name`; it need not be there. Raises UserError."""
+        """Delete remote file `name`; it need not be there. Raises UserError, StoreUnavailable."""
         files, base = _connect(self)
         with contextlib.suppress(FileNotFoundError):  # also what the second attempt finds, where the first did it
             # No deadline, for the reason that `write` gives.
@@ -204,7 +213,9 @@ def _missing(where: str) -> Damaged:
     return Damaged(f"{where}: the dataset lists this file, but it is not there. Restore it.", "missing")
 
 
-def _unreadable(where: str, error: OSError) -> UserError:
+def _unreadable(where: str, error: OSError) -> UserError | StoreUnavailable:
+    if is_away(error, Path(where)):
+        return StoreUnavailable(f"{where}: cannot be read ({one_line(error)}). Check the mount and its server.")
     return UserError(
         f"{where}: cannot be read ({one_line(error)}). Check its permissions, the disk and the limit of open files."
     )
@@ -252,12 +263,15 @@ def _upload(files: pa.fs.FileSystem, path: str, content: Iterable[bytes | memory
 
 
 @functools.lru_cache(maxsize=8)
-def _connect(storage: Storage, listing: bool = False) -> tuple[pa.fs.FileSystem, str]:
-    """This process's client for `storage`, and the path of its root inside it. Raises UserError: an unusable URI."""
+def _connect(storage: Storage, patient: bool = False) -> tuple[pa.fs.FileSystem, str]:
+    """This process's client for `storage`, and the path of its root inside it. Raises UserError: an unusable URI.
+
+    patient: it makes requests anew by itself, for calls of many requests
+    """
     parts = urlsplit(storage.root)
     try:
         if parts.scheme == "s3":
-            return _connect_s3(storage, listing)
+            return _connect_s3(storage, patient)
         root = storage.root
         if parts.scheme in ("gs", "gcs") and "retry_limit_seconds=" not in parts.query:
             # Google's client retries on its own for a quarter of an hour, unseen. One second is the least it takes.
@@ -272,7 +286,7 @@ def _connect(storage: Storage, listing: bool = False) -> tuple[pa.fs.FileSystem,
         ) from error
 
 
-def _connect_s3(storage: Storage, listing: bool) -> tuple[pa.fs.FileSystem, str]:
+def _connect_s3(storage: Storage, patient: bool) -> tuple[pa.fs.FileSystem, str]:
     """As `pyarrow.fs.FileSystem.from_uri` would, but with timeouts and retries, which a URI cannot name."""
     parts = urlsplit(storage.root)
     credentials, _, bucket = parts.netloc.rpartition("@")
@@ -292,7 +306,7 @@ def _connect_s3(storage: Storage, listing: bool) -> tuple[pa.fs.FileSystem, str]
         )
     timeout_s, attempts = storage.patience.timeout_s, storage.patience.attempts
     # The default strategy waits 25 ms, 50 ms, ... and has no budget over all requests that many pages would use up.
-    listing_retries = pa.fs.AwsDefaultS3RetryStrategy(max_attempts=attempts - 1)
+    own_retries = pa.fs.AwsDefaultS3RetryStrategy(max_attempts=min(attempts - 1, MOST_OWN_RETRIES))
 
     def client() -> pa.fs.FileSystem:
         return pa.fs.S3FileSystem(
@@ -300,7 +314,8 @@ def _connect_s3(storage: Storage, listing: bool) -> tuple[pa.fs.FileSystem, str]
             secret_key=secret_key or None,
             connect_timeout=timeout_s,
             request_timeout=timeout_s,  # on Linux: so many seconds below one byte a second; `persist` bounds the whole
-            retry_strategy=listing_retries if listing else pa.fs.AwsStandardS3RetryStrategy(max_attempts=1),
+            retry_strategy=own_retries if patient else pa.fs.AwsStandardS3RetryStrategy(max_attempts=1),
+            background_writes=False,  # or an upload is copied into memory at once, and nobody sees how far it is
             **options,
         )
 

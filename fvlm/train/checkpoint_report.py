@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fvlm.config import Config
 from fvlm.data.retries import Patience
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
 from fvlm.train.state import STATE, DamagedCheckpoint, read_state, step_of
 from fvlm.train.store import CHECKPOINTS, LocalStore, RemoteStore, checkpoint_store
 
@@ -44,7 +44,7 @@ def look_at_newest(
             store = place
         remarks += [f"{store.locate(name)}: a damaged checkpoint that was set aside" for name in store.damaged()]
         return _local(store, now), True
-    except (OSError, UserError) as error:
+    except (OSError, UserError, StoreUnavailable) as error:
         remarks.append(f"checkpoints: {error}")
         return None, False
 
@@ -62,7 +62,7 @@ def _local(store: LocalStore, now: float) -> CheckpointReport | None:
 
 
 def _remote(store: RemoteStore, saved: tuple[str, float] | None, now: float) -> CheckpointReport | None:
-    """Raises UserError when the store cannot be reached."""
+    """Raises StoreUnavailable when the store cannot be reached, UserError when it refuses."""
     names = store.names()
     if not names:
         return None

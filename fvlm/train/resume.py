@@ -10,7 +10,7 @@ from fvlm.files import write_atomic
 from fvlm.train.run_state import RunState
 from fvlm.train.sinks import WANDB_ID
 from fvlm.train.state import STATE, DamagedCheckpoint, verify
-from fvlm.train.store import CheckpointStore
+from fvlm.train.store import CheckpointStore, require_known
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ def choose_checkpoint(store: CheckpointStore, run_dir: Path) -> Choice:
     writer are removed; the run folder gets its W&B id back where it has none.
 
     Raises UserError when there are checkpoints and all are damaged (a run never starts over by itself), when the newest
-    whole one is of a newer format or says of the run what we cannot read, or belongs to another W&B run.
+    whole one is of a newer format or says of the run what we cannot read, or belongs to another W&B run, or when this
+    run has saved and nothing is there. StoreUnavailable: the store is away.
     """
     store.clean()
     damages: dict[str, DamagedCheckpoint] = {}
@@ -63,6 +64,7 @@ def choose_checkpoint(store: CheckpointStore, run_dir: Path) -> Choice:
             f"{store.locate()}: the only checkpoints left are damaged ones that were set aside ({', '.join(aside)}). "
             "Restore one from a copy, or use another --run name to start from step 0."
         )
+    require_known(store, run_dir, [])
     return Choice(None, 0, 0, ())
 
 

@@ -4,7 +4,8 @@ config.json   the whole config, and the fingerprint of the dataset, as the run b
 command.json  the options of its last start      held          it was stopped on purpose
 lock, claim   who trains it, who may write       stacks/       of ranks that hung, until the next start
 train.log     metrics.jsonl, a line a step       evals.jsonl    pictures/      one line, and pictures, an evaluation
-tokenizer/    skipped.jsonl   corrupt.jsonl   samples/   wandb_id   wandb/   checkpoints/
+tokenizer/    skipped.jsonl   corrupt.jsonl   samples/   wandb_id   wandb/   checkpoints/   saved (where they are, when
+                                                                                    that is elsewhere)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from fvlm.config import Config, identity
 from fvlm.data.schema import Manifest
 from fvlm.errors import UserError
-from fvlm.files import write_atomic
+from fvlm.files import away_is_unavailable, write_atomic
 from fvlm.train.state import checkpoints, step_of
 from fvlm.train.store import CHECKPOINTS
 
@@ -56,8 +57,10 @@ class Claim:
         write_atomic(self._path, self._token)
 
     def require(self) -> None:
-        """Raises RuntimeError when another process has claimed the run since."""
-        if self._path.read_text() != self._token:
+        """Raises RuntimeError when another process has claimed the run since; StoreUnavailable."""
+        with away_is_unavailable(self._path):
+            token = self._path.read_text()
+        if token != self._token:
             raise RuntimeError(f"{self._path.parent}: another process has taken this run over; this one may not write")
 
 

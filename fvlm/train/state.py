@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fvlm.errors import UserError
-from fvlm.files import sha256_file
+from fvlm.errors import StoreUnavailable, UserError
+from fvlm.files import away_is_unavailable, is_away, sha256_file
 from fvlm.train.tensor_file import TensorFile
 from fvlm.train.tensor_parts import gathered, part_like
 
@@ -155,9 +155,10 @@ def verify(path: Path) -> dict[str, Any]:
     state = read_state(path)
     for name, wanted in state["files"].items():
         file = path / name
-        if not file.is_file():
-            raise DamagedCheckpoint(path, file, "it is not there")
-        size = file.stat().st_size
+        with away_is_unavailable(file):
+            if not file.is_file():
+                raise DamagedCheckpoint(path, file, "it is not there")
+            size = file.stat().st_size
         if size != wanted["bytes"]:
             raise DamagedCheckpoint(path, file, f"{size} bytes, {wanted['bytes']} were written")
         try:
@@ -196,8 +197,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _unreadable(path: Path, file: Path, error: OSError) -> UserError:
-    """Missing, or on a bad sector: damaged. Forbidden: not, and the checkpoint before it would not do instead."""
+def _unreadable(path: Path, file: Path, error: OSError) -> UserError | StoreUnavailable:
+    """Missing, or on a bad sector: damaged. Forbidden, or on a network disk that is away: not, and the checkpoint
+    before it would not do instead."""
+    if is_away(error, file):
+        return StoreUnavailable(f"{file}: the disk does not answer ({error.strerror}). Check the mount and its server.")
     if isinstance(error, PermissionError):
         return UserError(f"{file}: may not be read ({error.strerror}). Give this user the right to, and start again.")
     return DamagedCheckpoint(path, file, f"it cannot be read: {error.strerror}")

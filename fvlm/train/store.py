@@ -18,8 +18,16 @@ from typing import Protocol
 from fvlm.config import Config
 from fvlm.data.counts import count
 from fvlm.data.storage import Storage
-from fvlm.errors import Damaged, UserError
-from fvlm.files import TEMPORARY, fsync_dir, make_dirs, no_space_is_a_user_error, write_synced
+from fvlm.errors import Damaged, StoreUnavailable, UserError
+from fvlm.files import (
+    TEMPORARY,
+    away_is_unavailable,
+    fsync_dir,
+    make_dirs,
+    no_space_is_a_user_error,
+    write_atomic,
+    write_synced,
+)
 from fvlm.train.state import (
     MODEL,
     OPTIMIZER,
@@ -35,6 +43,8 @@ from fvlm.train.state import (
 
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged-"
+SAVED = "saved"
+"""File in the run folder: that checkpoints were saved, and where, when that is elsewhere."""
 DOWNLOADS = 3
 """Times that a checkpoint is fetched from a store before what arrives is taken for what is there."""
 
@@ -42,7 +52,8 @@ DOWNLOADS = 3
 class CheckpointStore(Protocol):
     """One run's checkpoints. They go by their names; `locate` tells people where one is.
 
-    One process at a time may write; any may read. What cannot be done raises UserError.
+    One process at a time may write; any may read. What cannot be done raises UserError; a store or network disk that
+    is away raises StoreUnavailable, and has what it had before.
     """
 
     def locate(self, name: str = "") -> str: ...
@@ -58,8 +69,11 @@ class CheckpointStore(Protocol):
 
     def delete(self, name: str) -> None: ...
 
-    def open(self, name: str) -> AbstractContextManager[Path]:
-        """The checkpoint as a local folder, to be verified by whoever reads it."""
+    def open(self, name: str, progress: Callable[[], None] = ...) -> AbstractContextManager[Path]:
+        """The checkpoint as a local folder, to be verified by whoever reads it.
+
+        progress: called whenever a few MB more have been fetched
+        """
 
     def set_aside(self, name: str) -> str:
         """Keep a damaged checkpoint's files, but under a name that nobody takes for one. Returns where they are."""
@@ -97,16 +111,18 @@ class LocalStore:
         return str(self.root / name)
 
     def names(self) -> list[str]:
-        return [path.name for path in checkpoints(self.root)]
+        with away_is_unavailable(self.root):
+            return [path.name for path in checkpoints(self.root)]
 
     def damaged(self) -> list[str]:
-        return sorted(path.name for path in self.root.glob(f"{DAMAGED}*"))
+        with away_is_unavailable(self.root):
+            return sorted(path.name for path in self.root.glob(f"{DAMAGED}*"))
 
     def write(self, contents: Contents) -> None:
         final = self.root / contents.name
         temporary = self.root / f"{TEMPORARY}{os.getpid()}-{final.name}"
         try:
-            with no_space_is_a_user_error(final):
+            with no_space_is_a_user_error(final), away_is_unavailable(final, writing=True):
                 make_dirs(self.root)
                 shutil.rmtree(temporary, ignore_errors=True)  # of a process that had our number
                 temporary.mkdir()
@@ -138,8 +154,9 @@ class LocalStore:
             self._delete(replaced)
 
     def delete(self, name: str) -> None:
-        self._guard()
-        self._delete(self.root / name)
+        with away_is_unavailable(self.root / name, writing=True):
+            self._guard()
+            self._delete(self.root / name)
 
     def _delete(self, path: Path) -> None:
         """Out of sight first, and for good: a half-deleted checkpoint must not look like one."""
@@ -149,10 +166,14 @@ class LocalStore:
         shutil.rmtree(doomed)
 
     @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[Path]:
+    def open(self, name: str, progress: Callable[[], None] = no_guard) -> Iterator[Path]:
         yield self.root / name
 
     def set_aside(self, name: str) -> str:
+        with away_is_unavailable(self.root / name, writing=True):
+            return self._set_aside(name)
+
+    def _set_aside(self, name: str) -> str:
         aside = self.root / f"{DAMAGED}{name}"
         number = 1
         while aside.exists():  # the same step, damaged again
@@ -163,6 +184,10 @@ class LocalStore:
         return str(aside)
 
     def clean(self) -> None:
+        with away_is_unavailable(self.root, writing=True):
+            self._clean()
+
+    def _clean(self) -> None:
         for path in self.root.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path)
         for path in self.root.glob(f"*{REPLACED}"):
@@ -212,19 +237,19 @@ class RemoteStore:
             self.storage.remove(f"{name}/{file}")
 
     @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[Path]:
+    def open(self, name: str, progress: Callable[[], None] = no_guard) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="fvlm-checkpoint-") as folder:
             local = Path(folder) / name
             local.mkdir()
-            self._fetch(name, local)
+            self._fetch(name, local, progress)
             yield local
 
-    def _fetch(self, name: str, local: Path) -> None:
+    def _fetch(self, name: str, local: Path, progress: Callable[[], None]) -> None:
         for attempt in range(DOWNLOADS):
             for file in (STATE, MODEL, OPTIMIZER):
                 # What is not there shows when the folder is verified.
                 with contextlib.suppress(Damaged), no_space_is_a_user_error(local):
-                    self.storage.download(f"{name}/{file}", local / file)
+                    self.storage.download(f"{name}/{file}", local / file, progress)
             try:
                 verify(local)
                 return
@@ -270,3 +295,27 @@ def newest_step(store: CheckpointStore) -> int:
     """Finished steps, from names alone; 0 before the first checkpoint."""
     names = store.names()
     return step_of(names[-1]) if names else 0
+
+
+# ---- a place that is not the run's own folder may be empty because it is not mounted
+
+
+def remember_place(store: CheckpointStore, run_dir: Path, name: str) -> None:
+    """Let the run folder say that `store` has checkpoints, of which `name` is one; unless it says so already."""
+    if (run_dir / SAVED).exists() and (run_dir / SAVED).read_text().endswith(f" in {store.locate()}\n"):
+        return
+    write_atomic(run_dir / SAVED, f"{name} in {store.locate()}\n")
+
+
+def require_known(store: CheckpointStore, run_dir: Path, names: list[str]) -> None:
+    """A run never starts over by itself: where it has saved, and `names` is empty, something is wrong with the place.
+
+    Raises StoreUnavailable when the folder itself is not there, as without its mount; UserError when it is, and empty.
+    """
+    if names or not (run_dir / SAVED).exists():
+        return
+    saved = (run_dir / SAVED).read_text().strip()
+    what = f"{store.locate()}: there is no checkpoint, and {run_dir / SAVED} says that this run saved {saved}"
+    if isinstance(store, LocalStore) and not store.root.is_dir():
+        raise StoreUnavailable(f"{what}. Mount the disk, or give its place as --train.checkpoint-dir.")
+    raise UserError(f"{what}. Bring them back, give their place as --train.checkpoint-dir, or use another --run name.")
