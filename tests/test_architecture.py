@@ -24,16 +24,17 @@ LAYERS = {
     # A part of the product -> the parts it may import, itself left out.
     "errors": set(),
     "files": {"errors"},
+    "hub_files": {"errors"},
     "config": {"errors"},
     "presets": {"errors", "config"},
     "batch": {"errors"},
     "ranks": set(),
     "wsl2": set(),
-    "model": {"errors", "files", "config", "batch", "ranks"},
-    "data": {"errors", "files", "config", "batch"},
+    "model": {"errors", "files", "hub_files", "config", "batch", "ranks"},
+    "data": {"errors", "files", "hub_files", "config", "batch"},
     "train": {"errors", "files", "config", "batch", "ranks", "wsl2", "model", "data"},
     "convert": {"errors", "files", "config", "presets", "batch", "model", "data", "train"},
-    "checks": {"errors", "files", "config", "batch", "wsl2", "model", "data", "train"},
+    "checks": {"errors", "files", "hub_files", "config", "batch", "wsl2", "model", "data", "train"},
 }
 
 
