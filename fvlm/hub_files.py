@@ -18,7 +18,14 @@ from fvlm.errors import UserError
 CONFIG = "config.json"
 LFS_POINTER = b"version https://git-lfs"
 _TRANSPORT: type[Exception] = hub_errors.HfHubHTTPError.__mro__[1]  # the HTTP library's own base error
-TOKEN_CURE = "Ask for access on the model's page, and set HF_TOKEN (or `hf auth login`)"
+TOKEN_CURE = "Ask for access on the model's page, set HF_TOKEN (or `hf auth login`), and check the name"
+_TOKEN = "the hub wants a token that may read it: gated, private, or no model of that name"
+REFUSALS = {
+    401: _TOKEN,
+    403: _TOKEN,
+    404: "neither a local folder nor reachable on the hub, which has no model of that name",
+}
+"""What the hub means by an HTTP status."""
 
 
 class NotHere(UserError):
@@ -90,20 +97,27 @@ class ModelFiles:
         try:
             found = hf_hub_download(self.name, file, revision=self.revision or None, local_files_only=self.local_only)
         except hub_errors.LocalEntryNotFoundError as error:
+            if _status(error.__cause__) in REFUSALS:  # of the last try
+                raise self._refused(error.__cause__) from error
             if not self.revision:
-                raise self._not_here(file) from error
+                raise self._not_here(file, error.__cause__) from error
             self.local_only = True  # other files of it are here; what is not cannot be had, and is not asked for again
             return None
         except hub_errors.EntryNotFoundError:
             return None
         except (OSError, ValueError, _TRANSPORT) as error:
-            raise UserError(f"{self.option} {self.name!r}: {_reason(error, self.name)}") from error
+            raise self._refused(error) from error
         path = Path(found)
         self.revision = self.revision or _commit(path)
         return path
 
-    def _not_here(self, file: str) -> NotHere:
-        why = ", which HF_HUB_OFFLINE forbids to ask" if constants.HF_HUB_OFFLINE else ""
+    def _refused(self, error: BaseException | None) -> UserError:
+        assert error is not None
+        return UserError(f"{self.option} {self.name!r}: {_reason(error)}")
+
+    def _not_here(self, file: str, cause: BaseException | None = None) -> NotHere:
+        why = f" ({_first_line(cause)})" if cause else ""
+        why = ", which HF_HUB_OFFLINE forbids to ask" if constants.HF_HUB_OFFLINE else why
         return NotHere(
             f"{self.where}: neither a local folder nor reachable on the hub{why}, and its {file} is not in the cache. "
             f"Run `hf download {self.name}` where there is a network and copy the cache ({constants.HF_HUB_CACHE}, or "
@@ -153,33 +167,28 @@ def _commit(path: Path) -> str:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
 
 
-def _reason(error: Exception, name: str) -> str:
+def _reason(error: BaseException) -> str:
     """Why the hub does not give a file, and what to do."""
     if isinstance(error, hub_errors.HFValidationError):
         return (
             "neither a local folder nor reachable on the hub, whose names are NAME or OWNER/NAME. "
             "Give a folder that is there."
         )
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     if isinstance(error, hub_errors.GatedRepoError):
         return f"gated on the hub, which needs a token (HTTP {status}). {TOKEN_CURE}."
-    if status in (401, 403, 404) and not isinstance(error, hub_errors.RevisionNotFoundError):
-        return refusal_of_hub(status, name)
+    if status in REFUSALS and not isinstance(error, hub_errors.RevisionNotFoundError):
+        return f"{REFUSALS[status]} (HTTP {status}). {'Check the name' if status == 404 else TOKEN_CURE}."
     return f"cannot be fetched from the hub ({_first_line(error)}). Try again, or give a folder."
 
 
-def refusal_of_hub(status: int, name: str) -> str:
-    """What HTTP 401, 403 and 404 mean for a model of that name, and what to do."""
-    if status == 404:
-        return (
-            f"neither a local folder nor reachable on the hub: it has no such model (HTTP 404). Check the name {name}."
-        )
-    return (
-        f"the hub wants a token (HTTP {status}): gated, private, or no model of that name. {TOKEN_CURE}, and check the "
-        "name; a token that has expired is refused for every model."
-    )
+def _status(error: BaseException | None) -> int | None:
+    """Of an answer of the hub."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    if (status := _status(error)) is not None:
+        return f"HTTP {status}"
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")

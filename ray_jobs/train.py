@@ -147,18 +147,24 @@ def prepare_run(config: Config) -> Manifest:
     is_new = not config.run_dir.exists()
     run_dir = open_run(config, manifest)
     try:
-        begun = bool(checkpoint_store(config).names())
-        architecture = keep_architecture(config, begun)
-        make_tokenizer(config, manifest, run_dir / TOKENIZER, architecture)
-        if not begun and not config.import_checkpoint and config.model.init == "hub":
-            require_pretrained(config.model, architecture)
-        if not begun and config.import_checkpoint:
+        prepare_models(config, manifest)
+        if config.import_checkpoint and not checkpoint_store(config).names():
             import_run(Path(config.import_checkpoint), config, manifest, checkpoint_store(config))
     except UserError:
         if is_new:  # otherwise its config would stand in the way of the corrected command
             shutil.rmtree(run_dir)
         raise
     return manifest
+
+
+def prepare_models(config: Config, manifest: Manifest) -> None:
+    """Architecture and tokenizer, which the run's folder keeps, and the weights that a run without a checkpoint begins
+    with: fetched, and their headers read. Raises UserError."""
+    begun = bool(checkpoint_store(config).names())
+    architecture = keep_architecture(config, begun)
+    make_tokenizer(config, manifest, config.run_dir / TOKENIZER, architecture)
+    if config.model.init == "hub" and not begun and not config.import_checkpoint:
+        require_pretrained(config.model, architecture)
 
 
 def check_dataset(config: Config, manifest: Manifest) -> None:

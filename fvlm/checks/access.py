@@ -20,7 +20,7 @@ from fvlm.checks.finding import Finding, of_error
 from fvlm.config import Config
 from fvlm.data.text import TOKENIZER, published_tokenizer, require_tokens_fit
 from fvlm.errors import UserError
-from fvlm.hub_files import CONFIG, ModelFiles, NotHere, refusal_of_hub
+from fvlm.hub_files import CONFIG, REFUSALS, TOKEN_CURE, ModelFiles, NotHere
 from fvlm.model.families import OPTIONS, make_module
 from fvlm.model.hub import Architecture, Part, kept_architecture, named_architecture, published_part
 from fvlm.model.weights import INDEX, PICKLES, WEIGHTS, require_weights
@@ -73,9 +73,12 @@ def _published(part: str, config: Config, kept: Architecture | None) -> Finding:
 
 
 def _missing(folder: Path, part: str, config: Config) -> list[str]:
-    any_weights = config.import_checkpoint or any((folder / file).is_file() for file in (WEIGHTS, INDEX, *PICKLES))
+    def has(file: str) -> bool:
+        return (folder / file).is_file() or (folder / file).is_symlink()
+
     wanted = [CONFIG, *[TOKENIZER] * (part == "language")]
-    return [*[WEIGHTS] * (not any_weights), *(file for file in wanted if not (folder / file).is_file())]
+    any_weights = config.import_checkpoint or any(map(has, (WEIGHTS, INDEX, *PICKLES)))
+    return [*[WEIGHTS] * (not any_weights), *(file for file in wanted if not has(file))]
 
 
 def _open(part: str, found: Part, wants_weights: bool) -> None:
@@ -97,8 +100,9 @@ def _on_hub(option: str, name: str) -> Finding:
     )
     if constants.HF_HUB_OFFLINE:
         return Finding("FAIL", what, "not in the cache, and HF_HUB_OFFLINE forbids to fetch them", cure)
-    problem = _unreachable(f"{constants.ENDPOINT}/{name}/resolve/main/config.json", name)
+    problem = _unreachable(f"{constants.ENDPOINT}/{name}/resolve/main/config.json")
     if problem:
+        cure = f"{TOKEN_CURE}; or {cure}" if REFUSALS[401] in problem else cure
         return Finding("FAIL", what, f"not in the cache, and {problem}", cure)
     return Finding("note", what, f"not in the cache; the first start fetches them from {_host(constants.ENDPOINT)}")
 
@@ -108,15 +112,15 @@ def _host(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
-def _unreachable(url: str, name: str) -> str:
-    """Why `url`, of the model `name`, cannot be had; "" when it can."""
+def _unreachable(url: str) -> str:
+    """Why `url`, of a model on the hub, cannot be had; "" when it can."""
     host = _host(url)
     try:
         answer = requests.head(url, headers=build_hf_headers(), timeout=DEADLINE_S, allow_redirects=True)
     except requests.RequestException as error:
         return f"{host} cannot be reached ({type(error).__name__})"
-    if answer.status_code in (401, 403, 404):
-        return f"{host} refuses: {refusal_of_hub(answer.status_code, name)}"
+    if answer.status_code in REFUSALS:
+        return f"{host} refuses: {REFUSALS[answer.status_code]} (HTTP {answer.status_code})"
     return "" if answer.ok else f"{host} answers with HTTP {answer.status_code}"
 
 

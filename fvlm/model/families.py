@@ -65,9 +65,32 @@ def read_config(part: str, raw: dict[str, Any], where: str) -> dict[str, Any]:
         fields = json.loads(json.dumps(config.to_dict()))
     except _FAULTS as error:
         raise UserError(f"{OPTIONS[part]}: {where} describes no model ({_first_line(error)}). Mend it.") from error
+    require_computed(part, config)
     if part == "vision":
         _require_square_rgb(config, where)
     return {key: value for key, value in fields.items() if key not in _NOT_KEPT}
+
+
+def require_computed(part: str, config: Any) -> None:
+    """Raises UserError for a DINOv2 or a Llama whose layers do what the step does not.
+
+    config: transformers' own
+    """
+    if part == "language":
+        if getattr(config, "attention_dropout", 0.0):
+            raise UserError(
+                "model.language: this language model has attention_dropout above 0, and a run that is resumed could "
+                "not repeat it. Set it to 0."
+            )
+        return
+    if config.hidden_dropout_prob or config.attention_probs_dropout_prob or config.drop_path_rate:
+        raise UserError(
+            "model.vision: this DINOv2 has dropout or drop path above 0; the query path has none. Set them to 0."
+        )
+    if not config.use_swiglu_ffn and config.hidden_act != "gelu":  # as `blocks.vision_layer` reads them
+        raise UserError(
+            f"model.vision: this DINOv2's hidden_act is {config.hidden_act!r}; the query path knows gelu and SwiGLU."
+        )
 
 
 def make_module(part: str, config: dict[str, Any], where: str) -> PreTrainedModel:
