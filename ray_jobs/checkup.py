@@ -27,6 +27,7 @@ from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
 from fvlm.errors import Unavailable, UserError
+from fvlm.model.hub import kept_architecture
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import clips_of_a_rank, estimate, settle_memory
 from fvlm.train.spill import usable
@@ -149,7 +150,7 @@ def look_at_room(
     """Memory and CPUs against what a run on this machine takes at least; what a step computes with is not counted."""
     ranks = config.scale.workers
     try:
-        size = parameters(config.model, latent)
+        size = parameters(config.model, latent, kept_architecture(config))
     except (UserError, Unavailable) as error:
         yield of_error("model", error)
         return

@@ -23,9 +23,15 @@ from fvlm.data.plan import Plan
 from fvlm.data.row_groups import stored_captions
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import check_shards, read_manifest
-from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
+from fvlm.data.text import (
+    load_tokenizer,
+    published_tokenizer,
+    require_tokens_fit,
+    save_tokenizer,
+    train_tokenizer,
+)
 from fvlm.errors import Damaged, StoreUnavailable, UserError
-from fvlm.model.hub import vocabulary_size
+from fvlm.model.hub import Architecture, keep_architecture, require_pretrained
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import settle_batch
 from fvlm.train.run_folder import TOKENIZER, exclusive, open_run
@@ -152,7 +158,7 @@ def prepare_run(config: Config) -> Manifest:
     is_new = not config.run_dir.exists()
     run_dir, store = open_run(config, manifest), checkpoint_store(config)
     try:
-        make_tokenizer(config, manifest, run_dir / TOKENIZER)
+        prepare_models(config, manifest)
         names = store.names()
         require_known(store, run_dir, names)
         if config.import_checkpoint and not names:
@@ -162,6 +168,16 @@ def prepare_run(config: Config) -> Manifest:
             shutil.rmtree(run_dir)
         raise
     return manifest
+
+
+def prepare_models(config: Config, manifest: Manifest) -> None:
+    """Architecture and tokenizer, which the run's folder keeps, and the weights that a run without a checkpoint begins
+    with: fetched, and their headers read. Raises UserError."""
+    begun = bool(checkpoint_store(config).names())
+    architecture = keep_architecture(config, begun)
+    make_tokenizer(config, manifest, config.run_dir / TOKENIZER, architecture)
+    if config.model.init == "hub" and not begun and not config.import_checkpoint:
+        require_pretrained(config.model, architecture)
 
 
 def check_dataset(config: Config, manifest: Manifest) -> None:
@@ -178,15 +194,22 @@ def check_dataset(config: Config, manifest: Manifest) -> None:
         )
 
 
-def make_tokenizer(config: Config, manifest: Manifest, folder: Path) -> None:
-    """Once a run: the language model's own tokenizer, or one trained on the captions where the model is random."""
+def make_tokenizer(config: Config, manifest: Manifest, folder: Path, architecture: Architecture) -> None:
+    """Once a run: the language model's own tokenizer, or one trained on the captions where the model is random.
+
+    Raises UserError: it cannot be had, or has tokens that the language model does not know.
+    """
+    rows = int(architecture.language.config["vocab_size"])
     if folder.exists():
-        return
-    if config.model.init == "hub":
-        save_tokenizer(hub_tokenizer(config.model.language), folder)
-        return
-    texts = captions(manifest, tolerant=config.data.on_corrupt == "replace")
-    save_tokenizer(train_tokenizer(texts, vocabulary_size(config.model)), folder)
+        require_tokens_fit(load_tokenizer(folder), rows, str(folder))
+    elif config.model.init == "hub":
+        files = architecture.files("language")
+        tokenizer = published_tokenizer(files)
+        require_tokens_fit(tokenizer, rows, files.where)
+        save_tokenizer(tokenizer, folder)
+    else:
+        texts = captions(manifest, tolerant=config.data.on_corrupt == "replace")
+        save_tokenizer(train_tokenizer(texts, rows), folder)
 
 
 def captions(manifest: Manifest, tolerant: bool) -> Iterator[str]:

@@ -21,7 +21,7 @@ from fvlm.data.corrupt import CORRUPT
 from fvlm.data.plan import Plan
 from fvlm.data.schema import Manifest
 from fvlm.data.text import CaptionTokenizer, load_tokenizer
-from fvlm.model.hub import build_model
+from fvlm.model.hub import build_model, kept_architecture
 from fvlm.ranks import world_size
 from fvlm.train.device import on_device
 from fvlm.train.evaluation import Evaluation
@@ -208,7 +208,8 @@ def make_run(
     if config.scale.strategy == "shard" and world_size() > 1:
         model = build_sharded(config, latent_shape, device, pretrained)
     else:
-        model = build_model(config.model, latent_shape, config.train.seed, pretrained).to(device)
+        architecture = kept_architecture(config)
+        model = build_model(config.model, latent_shape, config.train.seed, pretrained, architecture).to(device)
         freeze_unreached(model, config)
     optimizer = make_optimizer(model, config.optim)
     run = Run(config, Plan.of_config(manifest, config), model, optimizer, Metrics(config.train.ratio_window), Clock())

@@ -24,17 +24,18 @@ LAYERS = {
     # A part of the product -> the parts it may import, itself left out.
     "errors": set(),
     "files": {"errors"},
+    "hub_files": {"errors"},
     "config": {"errors"},
     "presets": {"errors", "config"},
     "batch": {"errors"},
     "ranks": set(),
     "wsl2": set(),
-    "model": {"errors", "files", "config", "batch", "ranks"},
+    "model": {"errors", "files", "hub_files", "config", "batch", "ranks"},
     "entry_point": {"errors"},
-    "data": {"errors", "files", "config", "batch", "entry_point"},
+    "data": {"errors", "files", "hub_files", "config", "batch", "entry_point"},
     "train": {"errors", "files", "config", "batch", "ranks", "wsl2", "model", "data"},
     "convert": {"errors", "files", "config", "presets", "batch", "entry_point", "model", "data", "train"},
-    "checks": {"errors", "files", "config", "batch", "wsl2", "model", "data", "train"},
+    "checks": {"errors", "files", "hub_files", "config", "batch", "wsl2", "model", "data", "train"},
 }
 
 

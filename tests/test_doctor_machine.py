@@ -28,6 +28,7 @@ from doctor_cases import (
     require,
     worst,
 )
+from transformers import Dinov2Config, Dinov2Model
 
 from fvlm import presets
 from fvlm.checks.access import LocalCluster, look_at_cluster, look_at_hub, look_at_token, look_at_wandb
@@ -142,10 +143,10 @@ def test_weights_that_are_nowhere_on_the_hub_or_in_the_cache(tmp_path, monkeypat
 
     here = tmp_path / "models--facebook--dinov2-small"  # the cache's own layout
     (here / "refs").mkdir(parents=True)
-    (here / "refs" / "main").write_text("abc")
-    (here / "snapshots" / "abc").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        (here / "snapshots" / "abc" / name).write_text("{}")
+    (here / "refs" / "main").write_text("abcd" * 10)
+    Dinov2Model(Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        here / "snapshots" / ("abcd" * 10)
+    )
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
     require(look_at_hub(config, begun=False)[0], "ok", f"in {tmp_path}", "")
     half = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=str(here / "snapshots")))

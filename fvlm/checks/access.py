@@ -12,15 +12,21 @@ from urllib.parse import urlsplit
 
 import psutil
 import requests
-from huggingface_hub import constants, try_to_load_from_cache
+import torch
+from huggingface_hub import constants
 from huggingface_hub.utils import build_hf_headers
 
-from fvlm.checks.finding import Finding
+from fvlm.checks.finding import Finding, of_error
 from fvlm.config import Config
+from fvlm.data.text import TOKENIZER, published_tokenizer, require_tokens_fit
+from fvlm.errors import UserError
+from fvlm.hub_files import CONFIG, REFUSALS, TOKEN_CURE, ModelFiles, NotHere
+from fvlm.model.families import OPTIONS, make_module
+from fvlm.model.hub import Architecture, Part, kept_architecture, named_architecture, published_part
+from fvlm.model.weights import INDEX, PICKLES, WEIGHTS, require_weights
 from fvlm.train.sinks import wandb_mode
 
 DEADLINE_S = 4.0
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PRIVATE = 0o600
 RAYS_PORTS = 7
 """As cluster/local/start.sh: the base port and the next six."""
@@ -30,46 +36,75 @@ RAYS_PORTS = 7
 
 
 def look_at_hub(config: Config, begun: bool) -> list[Finding]:
-    """begun: the run has a checkpoint and a tokenizer, so nothing is fetched any more."""
+    """Config, tokenizer and weights of both models: opened where they are on this machine, as a start opens them.
+
+    begun: the run has a checkpoint and a tokenizer, so nothing is fetched any more
+    """
+    if begun:
+        try:
+            kept_architecture(config) or named_architecture(config.model)
+        except UserError as error:
+            return [of_error("weights", error)]
+        return [Finding("ok", "weights", "the run's checkpoint has them")]
     if config.model.init != "hub":
         return [Finding("ok", "weights", "random: nothing is fetched")]
-    if begun:
-        return [Finding("ok", "weights", "the run's checkpoint has them")]
-    names = {"--model.vision": config.model.vision, "--model.language": config.model.language}
-    return [_weights(key, name, tokenizer=key == "--model.language") for key, name in names.items()]
+    try:
+        kept = kept_architecture(config)
+    except UserError as error:
+        return [of_error("weights", error)]
+    return [_published(part, config, kept) for part in reversed(OPTIONS)]
 
 
-def _weights(key: str, name: str, tokenizer: bool) -> Finding:
+def _published(part: str, config: Config, kept: Architecture | None) -> Finding:
+    option, name = OPTIONS[part], str(getattr(config.model, part))
     what = f"weights {name}"
-    if Path(name).is_dir():
-        missing = [] if any((Path(name) / file).is_file() for file in WEIGHTS) else [WEIGHTS[0]]
-        missing += [
-            file for file in ("config.json", *["tokenizer.json"] * tokenizer) if not (Path(name) / file).is_file()
-        ]
-        if missing:
-            cure = f"{key} takes a whole folder of save_pretrained, or a name on the hub."
-            return Finding("FAIL", what, f"the folder has no {', '.join(missing)}", cure)
-        return Finding("ok", what, "a local folder")
-    cached = [file for file in ("config.json", "tokenizer.json", *WEIGHTS) if _is_cached(name, file)]
-    if "config.json" in cached and set(WEIGHTS) & set(cached) and ("tokenizer.json" in cached or not tokenizer):
-        return Finding("ok", what, f"in {constants.HF_HUB_CACHE}")
+    is_folder = ModelFiles(option, name).is_folder
+    if is_folder and (missing := _missing(Path(name), part, config)):
+        cure = f"{option} takes a whole folder of save_pretrained, or a name on the hub."
+        return Finding("FAIL", what, f"the folder has no {', '.join(missing)}", cure)
+    try:
+        pinned = kept.part(part) if kept and kept.part(part).revision else None
+        _open(part, pinned or published_part(part, name, local_only=True), wants_weights=not config.import_checkpoint)
+    except NotHere:
+        return _on_hub(option, name)
+    except UserError as error:
+        return of_error(what, error)
+    return Finding("ok", what, "a local folder" if is_folder else f"in {constants.HF_HUB_CACHE}")
+
+
+def _missing(folder: Path, part: str, config: Config) -> list[str]:
+    def has(file: str) -> bool:
+        return (folder / file).is_file() or (folder / file).is_symlink()
+
+    wanted = [CONFIG, *[TOKENIZER] * (part == "language")]
+    any_weights = config.import_checkpoint or any(map(has, (WEIGHTS, INDEX, *PICKLES)))
+    return [*[WEIGHTS] * (not any_weights), *(file for file in wanted if not has(file))]
+
+
+def _open(part: str, found: Part, wants_weights: bool) -> None:
+    """Raises UserError, NotHere among them, unless a start finds on this machine what it needs of this model."""
+    files = ModelFiles(OPTIONS[part], found.name, found.revision, local_only=True)
+    if part == "language":
+        require_tokens_fit(published_tokenizer(files), int(found.config["vocab_size"]), files.where)
+    with torch.device("meta"):
+        module = make_module(part, found.config, repr(found.name))
+    if wants_weights:
+        require_weights(part, module, files)
+
+
+def _on_hub(option: str, name: str) -> Finding:
+    what = f"weights {name}"
     cure = (
         f"`hf download {name}` where there is a network, and copy the cache ({constants.HF_HUB_CACHE}, or HF_HOME); "
-        f"or {key} with a folder, or --model.init random."
+        f"or {option} with a folder, or --model.init random."
     )
     if constants.HF_HUB_OFFLINE:
         return Finding("FAIL", what, "not in the cache, and HF_HUB_OFFLINE forbids to fetch them", cure)
     problem = _unreachable(f"{constants.ENDPOINT}/{name}/resolve/main/config.json")
     if problem:
+        cure = f"{TOKEN_CURE}; or {cure}" if REFUSALS[401] in problem else cure
         return Finding("FAIL", what, f"not in the cache, and {problem}", cure)
     return Finding("note", what, f"not in the cache; the first start fetches them from {_host(constants.ENDPOINT)}")
-
-
-def _is_cached(name: str, file: str) -> bool:
-    try:
-        return isinstance(try_to_load_from_cache(name, file), str)
-    except ValueError:  # not a name of the hub
-        return False
 
 
 def _host(url: str) -> str:
@@ -78,14 +113,14 @@ def _host(url: str) -> str:
 
 
 def _unreachable(url: str) -> str:
-    """Why `url` cannot be had; "" when it can."""
+    """Why `url`, of a model on the hub, cannot be had; "" when it can."""
     host = _host(url)
     try:
         answer = requests.head(url, headers=build_hf_headers(), timeout=DEADLINE_S, allow_redirects=True)
     except requests.RequestException as error:
         return f"{host} cannot be reached ({type(error).__name__})"
-    if answer.status_code in (401, 403, 404):
-        return f"{host} has no such model, or not for us (HTTP {answer.status_code})"
+    if answer.status_code in REFUSALS:
+        return f"{host} refuses: {REFUSALS[answer.status_code]} (HTTP {answer.status_code})"
     return "" if answer.ok else f"{host} answers with HTTP {answer.status_code}"
 
 

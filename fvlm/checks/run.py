@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from fvlm.checks.disk import existing, look_at_writing
@@ -14,7 +12,7 @@ from fvlm.data.corrupt import CorruptList
 from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
 from fvlm.errors import Unavailable, UserError
-from fvlm.model.hub import build_model
+from fvlm.model.hub import Architecture, build_model, kept_architecture
 from fvlm.train.run_folder import CONFIG, TOKENIZER, open_run
 from fvlm.train.run_report import LastStart, RunReport, is_locked, report
 from fvlm.train.store import checkpoint_store, is_milestone, newest_step
@@ -23,11 +21,10 @@ BYTES_OF_STATE = 12
 """Of a parameter in a checkpoint: itself and AdamW's two moments, float32."""
 
 
-@functools.lru_cache(maxsize=1)
-def parameters(model: ModelConfig, latent_shape: tuple[int, int, int]) -> int:
+def parameters(model: ModelConfig, latent_shape: tuple[int, int, int], architecture: Architecture | None = None) -> int:
     """How many the whole model has, tied ones once; nothing of it is allocated. Raises UserError: an unknown name."""
     with torch.device("meta"):
-        return sum(p.numel() for p in build_model(model, latent_shape, seed=0, pretrained=False).parameters())
+        return sum(p.numel() for p in build_model(model, latent_shape, 0, False, architecture).parameters())
 
 
 def checkpoints_left(config: Config, done: int) -> int:
@@ -75,7 +72,7 @@ def _position(config: Config, done: int, found: RunReport) -> Finding:
 def look_at_checkpoint_disk(config: Config, machine: Machine, latent_shape: tuple[int, int, int]) -> list[Finding]:
     """The disk of the run folder, and that of its checkpoints where they go elsewhere."""
     try:
-        each = BYTES_OF_STATE * parameters(config.model, latent_shape)
+        each = BYTES_OF_STATE * parameters(config.model, latent_shape, kept_architecture(config))
         store = checkpoint_store(config)
         more = checkpoints_left(config, newest_step(store)) * each
     except (UserError, Unavailable) as error:

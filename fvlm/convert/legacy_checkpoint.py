@@ -28,7 +28,7 @@ from fvlm.data.schema import Manifest
 from fvlm.entry_point import run_command
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
-from fvlm.model.hub import build_model
+from fvlm.model.hub import Architecture, build_model, kept_architecture
 from fvlm.train.metrics import RATIOS, Metrics
 from fvlm.train.optim import freeze_unreached
 from fvlm.train.run_state import RunState
@@ -132,7 +132,8 @@ def import_run(path: Path, config: Config, manifest: Manifest, store: Checkpoint
 
     The plan starts a fresh epoch at the imported step. Weights and moments go from file to file, never all in memory.
     """
-    legacy = read_legacy_checkpoint(path, _skeleton(config, manifest.spec.latent_shape), config)
+    skeleton = _skeleton(config, manifest.spec.latent_shape, kept_architecture(config))
+    legacy = read_legacy_checkpoint(path, skeleton, config)
     print(legacy.describe(path), flush=True)
     plan = Plan.of_config(manifest, config, origin=legacy.step)
     metrics = Metrics(config.train.ratio_window)
@@ -141,10 +142,12 @@ def import_run(path: Path, config: Config, manifest: Manifest, store: Checkpoint
     return _write(legacy, store, config.train.seed, state.to_dict())
 
 
-def _skeleton(config: Config, latent_shape: tuple[int, int, int]) -> FoveatedVLM:
+def _skeleton(
+    config: Config, latent_shape: tuple[int, int, int], architecture: Architecture | None = None
+) -> FoveatedVLM:
     """Names, shapes and order of the model's parameters, without memory for them."""
     with torch.device("meta"):
-        model = build_model(config.model, latent_shape, config.train.seed, pretrained=False)
+        model = build_model(config.model, latent_shape, config.train.seed, False, architecture)
     freeze_unreached(model, config)
     return model
 

@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fvlm.batch import IGNORE
 from fvlm.errors import UserError
 from fvlm.files import TEMPORARY, fsync_dir
+from fvlm.hub_files import ModelFiles, read_json
 
 END = "<|im_end|>"
 """End of a text, and padding too, as in SmolLM2's own tokenizer."""
+TOKENIZER = "tokenizer.json"
+SPECIAL_TOKENS = ("special_tokens_map.json", "tokenizer_config.json")
 LENGTH_STEP = 32
 """Captions are padded to a multiple of this, so that a compiled step meets few lengths."""
 
@@ -77,14 +80,39 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrained
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
-def hub_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def published_tokenizer(files: ModelFiles) -> PreTrainedTokenizerFast:
+    """The tokenizer.json of a model as it stands, with the special tokens that its other files name.
+
+    Not by the class that tokenizer_config.json declares: transformers 5 builds that class's own pipeline, without, for
+    example, SmolLM2's splitting of digits, so that numbers in captions would get other ids. Raises UserError.
+    """
+    path = files.path(TOKENIZER)
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the only class that this library raises
+        raise UserError(f"{path}: no tokenizer, cut short or damaged ({error}). Fetch it again.") from error
+    special: dict[str, str] = {}
+    for name in SPECIAL_TOKENS:  # the later file wins
+        found = files.find(name)
+        raw = read_json(found) if found else {}
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = raw.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                special[key] = token
+                if tokenizer.token_to_id(token) is None:
+                    raise UserError(f"{found}: its {key} {token!r} is not in {path}. The two are of different models.")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def require_tokens_fit(tokenizer: PreTrainedTokenizerBase, embedding_rows: int, where: str) -> None:
+    """Raises UserError when a token has an id for which the language model has no embedding."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: int(item[1]))
+    if largest >= embedding_rows:
         raise UserError(
-            f"--model.language {name!r}: its tokenizer is neither a local folder nor reachable on the hub "
-            f"({str(error).splitlines()[0]}). `hf download {name}` where there is a network, and copy the cache."
-        ) from error
+            f"{where}: its token {token!r} has the id {largest}, and the language model has {embedding_rows} "
+            "embeddings (vocab_size of config.json). Tokenizer and weights are of different models."
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -128,14 +128,6 @@ def projections(layer: Any) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]
     return inner.query, inner.key, inner.value, attention.output.dense
 
 
-def require_known_mlp(config: Any) -> None:
-    """Raises UserError for a DINOv2 with an activation that `vision_layer` does not know. Published ones have GELU."""
-    if not config.use_swiglu_ffn and config.hidden_act != "gelu":
-        raise UserError(
-            f"model.vision: this DINOv2's hidden_act is {config.hidden_act!r}; the query path knows gelu and SwiGLU."
-        )
-
-
 def _norm(module: Any, eps: float) -> Norm:
     return Norm(module.weight, getattr(module, "bias", None), eps)
 

@@ -16,15 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
-from fvlm.errors import UserError
 from fvlm.model.blocks import (
     Blocks,
     VisionLayer,
     block_query,
     last_keys_values,
     query_block,
-    require_known_mlp,
 )
+from fvlm.model.families import require_computed
 
 # Statistics of ImageNet, with which DINOv2 was trained (facebook/dinov2-small, preprocessor_config.json).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -54,11 +53,7 @@ class FoveatedEncoder(nn.Module):
     def __init__(self, dino: Dinov2Model, query_width: int, deep_query: bool = True):
         super().__init__()
         config = dino.config
-        if config.hidden_dropout_prob or config.attention_probs_dropout_prob or config.drop_path_rate:
-            raise UserError(
-                "model.vision: this DINOv2 has dropout or drop path above 0; the query path has none. Set them to 0."
-            )
-        require_known_mlp(config)
+        require_computed("vision", config)
         self.dino: Any = dino  # to a type checker every child of a module is Tensor | Module
         self.deep_query = deep_query
         self.blocks = Blocks()

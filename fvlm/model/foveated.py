@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from fvlm.config import ModelConfig
-from fvlm.errors import UserError
 from fvlm.model.blocks import DecoderLayer
 from fvlm.model.encoder import FoveatedEncoder, PatchCache
+from fvlm.model.families import require_computed
 from fvlm.model.language import read_sequences
 from fvlm.model.prediction import PredictionHead
 from fvlm.ranks import world_size
@@ -46,11 +46,7 @@ class FoveatedVLM(nn.Module):
         latent_shape: tuple[int, int, int] = (4, 32, 32),
     ):
         super().__init__()
-        if getattr(language.config, "attention_dropout", 0.0):
-            raise UserError(
-                "model.language: this language model has attention_dropout above 0, and a run that is resumed could "
-                "not repeat it. Set it to 0."
-            )
+        require_computed("language", language.config)
         q, e = config.query_width, language.config.hidden_size
         self.config = config
         # Std 1: with 0.02 all queries look alike, attention is uniform, and coarse equals fine.

@@ -1,15 +1,30 @@
-"""Where the two pretrained parts come from: the Hugging Face hub by name, or the same architectures at random."""
+"""Where the two pretrained parts come from: the Hugging Face hub, a folder, or the same architectures at random.
+
+A run keeps the architecture that it began with (`Architecture`, in its folder) and is built from that ever after, so
+neither another file on the hub nor a machine without a network changes what it computes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Dinov2Config, LlamaConfig, PreTrainedModel
+from transformers import Dinov2Config, LlamaConfig
 
-from fvlm.config import ModelConfig
+from fvlm.config import Config, ModelConfig, real_folder
 from fvlm.errors import UserError
+from fvlm.files import unwritable_is_a_user_error, write_atomic
+from fvlm.hub_files import CONFIG, ModelFiles, NotHere, read_json
+from fvlm.model.families import OPTIONS, make_module, read_config
 from fvlm.model.foveated import FoveatedVLM
+from fvlm.model.weights import ParametersOnMeta, load_weights, require_weights
+
+ARCHITECTURE = "architecture.json"
+"""Of a run folder."""
 
 _DINOV2: dict[str, Any] = {"image_size": 518, "patch_size": 14, "num_hidden_layers": 12}
 _SMOLLM2: dict[str, Any] = {
@@ -55,64 +70,153 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build_model(
-    config: ModelConfig, latent_shape: tuple[int, int, int], seed: int, pretrained: bool = True
-) -> FoveatedVLM:
-    """The whole model in float32 on the CPU. What is not pretrained is drawn from `seed`, the same on every rank.
+@dataclass(frozen=True)
+class Part:
+    """One of the two pretrained models.
 
-    pretrained=False leaves out the hub's weights, for a model that a checkpoint is about to fill.
-    Raises UserError when a name is unknown or weights cannot be had, with the cure.
+    name: as the run's config says it; revision: a commit of the hub, or "" where no hub was asked; config: every field
+    of its transformers config
     """
-    torch.manual_seed(seed)
-    if config.init == "random" or not pretrained:
-        vision = AutoModel.from_config(architecture(config.vision, "model.vision"), attn_implementation="sdpa")
-        language = AutoModelForCausalLM.from_config(
-            architecture(config.language, "model.language"), attn_implementation="sdpa"
-        )
-    else:
-        vision = _pretrained(AutoModel, config.vision, "model.vision")
-        language = _pretrained(AutoModelForCausalLM, config.language, "model.language")
-    check_families(vision, language, config)
-    return FoveatedVLM(vision, language, config, latent_shape)
+
+    name: str
+    revision: str
+    config: dict[str, Any]
 
 
-def architecture(name: str, key: str) -> Any:
-    """The transformers config behind a name: from the table above, a local folder, or the hub."""
+@dataclass(frozen=True)
+class Architecture:
+    """What the two models compute, all but their weights."""
+
+    language: Part
+    vision: Part
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Architecture:
+        """Raises UserError when the file is damaged."""
+        raw = read_json(path)
+        try:
+            return cls(**{part: Part(**raw[part]) for part in OPTIONS})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}). Restore it, or use another --run name.") from error
+
+    def part(self, part: str) -> Part:
+        chosen: Part = getattr(self, part)
+        return chosen
+
+    def files(self, part: str, local_only: bool = False) -> ModelFiles:
+        """Of "vision" or "language", at the commit that is pinned."""
+        return ModelFiles(OPTIONS[part], self.part(part).name, self.part(part).revision, local_only)
+
+
+def published_architecture(config: ModelConfig) -> Architecture:
+    """What a new run with pretrained weights begins with: the config.json of folder or hub, at the newest commit.
+
+    Raises UserError: a file cannot be had, or describes what this trainer does not compute.
+    """
+    return Architecture(**{part: published_part(part, getattr(config, part)) for part in reversed(OPTIONS)})
+
+
+def named_architecture(config: ModelConfig) -> Architecture:
+    """By names alone: from the table above, which needs no network, or the config.json of a folder or the hub.
+
+    Raises UserError.
+    """
+    return Architecture(**{part: _named_part(part, getattr(config, part)) for part in OPTIONS})
+
+
+def kept_architecture(config: Config) -> Architecture | None:
+    """The one that the run began with, from its folder; None where there is none of the config's models.
+
+    Raises UserError when the file is damaged.
+    """
+    path = config.run_dir / ARCHITECTURE
+    if not path.exists():
+        return None
+    kept = Architecture.read(path)
+    same = all(real_folder(kept.part(part).name) == real_folder(getattr(config.model, part)) for part in OPTIONS)
+    return kept if same else None
+
+
+def keep_architecture(config: Config, begun: bool) -> Architecture:
+    """The run's architecture, which its folder has from now on. Raises UserError.
+
+    begun: the run has a checkpoint. Until then a folder of a model may be mended, so it is read again; the commit of
+    the hub is pinned from the first start on.
+    """
+    kept = kept_architecture(config)
+    if kept and begun:
+        return kept
+    # A run of an earlier release has no such file, and was resumed by the names of its models.
+    fresh = _named_part if begun or config.model.init == "random" else published_part
+    parts = {}
+    for part in OPTIONS:
+        pinned = kept.part(part) if kept and kept.part(part).revision else None
+        parts[part] = pinned or fresh(part, getattr(config.model, part))
+    architecture = Architecture(**parts)
+    with unwritable_is_a_user_error(config.run_dir):
+        write_atomic(config.run_dir / ARCHITECTURE, architecture.to_json())
+    return architecture
+
+
+def published_part(part: str, name: str, local_only: bool = False) -> Part:
+    """By the config.json of a folder or the hub. local_only: NotHere is raised where it would have to be fetched."""
+    files = ModelFiles(OPTIONS[part], name, local_only=local_only)
+    path = files.path(CONFIG)
+    return Part(name, files.revision, read_config(part, read_json(path), str(path)))
+
+
+def _named_part(part: str, name: str) -> Part:
     if name in ARCHITECTURES:
         kind = Dinov2Config if "dinov2" in name else LlamaConfig
-        return kind(**ARCHITECTURES[name])
+        return Part(name, "", read_config(part, ARCHITECTURES[name] | {"model_type": kind.model_type}, f"{name!r}"))
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return published_part(part, name)
+    except NotHere as error:
         raise UserError(
-            f"--{key} {name!r}: neither a folder with a config.json, nor reachable on the hub, nor one of "
+            f"{OPTIONS[part]} {name!r}: neither a folder with a config.json, nor reachable on the hub, nor one of "
             f"{', '.join(ARCHITECTURES)}."
         ) from error
 
 
+def build_model(
+    config: ModelConfig,
+    latent_shape: tuple[int, int, int],
+    seed: int,
+    pretrained: bool = True,
+    architecture: Architecture | None = None,
+) -> FoveatedVLM:
+    """The whole model in float32 on the CPU. What is not pretrained is drawn from `seed`, the same on every rank.
+
+    pretrained=False leaves out the hub's weights, for a model that a checkpoint is about to fill.
+    architecture: the run's (`kept_architecture`); None: that of the names in `config`
+    Raises UserError when a name is unknown or weights cannot be had or do not fit, with the cure.
+    """
+    torch.manual_seed(seed)
+    from_hub = pretrained and config.init == "hub"
+    if architecture is None:
+        architecture = published_architecture(config) if from_hub else named_architecture(config)
+    with ParametersOnMeta() if from_hub else contextlib.nullcontext():
+        vision: Any = make_module("vision", architecture.vision.config, repr(config.vision))
+        language = make_module("language", architecture.language.config, repr(config.language))
+    if from_hub:  # which draws no random number
+        load_weights("vision", vision, architecture.files("vision"))
+        load_weights("language", language, architecture.files("language"))
+    return FoveatedVLM(vision, language, config, latent_shape)
+
+
 def vocabulary_size(config: ModelConfig) -> int:
-    return int(architecture(config.language, "model.language").vocab_size)
+    return int(_named_part("language", config.language).config["vocab_size"])
 
 
-def _pretrained(auto: Any, name: str, key: str) -> PreTrainedModel:
-    try:
-        return auto.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--{key} {name!r}: its weights are neither a local folder nor reachable on the hub "
-            f"({str(error).splitlines()[0]}). Download them where there is a network "
-            f"(`hf download {name}`) and copy the cache, give a folder, or train from scratch with --model.init random."
-        ) from error
+def require_pretrained(config: ModelConfig, architecture: Architecture, local_only: bool = False) -> None:
+    """Raises UserError, naming file and key, unless the weights of both models are there and fit; fetches them.
 
-
-def check_families(vision: PreTrainedModel, language: PreTrainedModel, config: ModelConfig) -> None:
-    if vision.config.model_type != "dinov2":
-        raise UserError(
-            f"--model.vision {config.vision!r} is a {vision.config.model_type}; the query path needs a dinov2."
-        )
-    inner = getattr(language, "model", None)
-    if inner is None or not hasattr(inner, "embed_tokens") or not hasattr(language, "lm_head"):
-        raise UserError(
-            f"--model.language {config.language!r} ({language.config.model_type}) is not laid out like a Llama "
-            "(.model.embed_tokens, .lm_head). Take a language model of the Llama family."
-        )
+    Reads headers, not weights. local_only: NotHere is raised where they would have to be fetched.
+    """
+    with torch.device("meta"):
+        model = build_model(config, (1, 1, 1), 0, pretrained=False, architecture=architecture)
+    for part, module in (("language", model.llm), ("vision", model.encoder.dino)):
+        require_weights(part, module, architecture.files(part, local_only))

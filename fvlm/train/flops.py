@@ -16,7 +16,7 @@ from fvlm.batch import Batch
 from fvlm.config import Config
 from fvlm.data.text import padded_lengths
 from fvlm.model.foveated import FoveatedVLM
-from fvlm.model.hub import build_model
+from fvlm.model.hub import build_model, kept_architecture
 from fvlm.model.objective import Inputs, trained_losses
 from fvlm.train.chips import table_peak
 from fvlm.train.metrics import Row
@@ -91,7 +91,7 @@ def clip_flops(config: Config, latent_shape: tuple[int, int, int], lengths: list
     # The std over all ranks is no product; without it nothing here is a collective, in which others would take part.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, visual_norm="token"))
     with torch.device("meta"):
-        model = build_model(config.model, latent_shape, seed=0, pretrained=False)
+        model = build_model(config.model, latent_shape, 0, False, kept_architecture(config))
         freeze_unreached(model, config)
         return [_of_all_layers(model, config, latent_shape, length) for length in lengths]
 

@@ -20,7 +20,7 @@ from fvlm.config import Config, ScaleConfig
 from fvlm.data.text import padded_lengths
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
-from fvlm.model.hub import build_model
+from fvlm.model.hub import build_model, kept_architecture
 from fvlm.ranks import as_one_rank, world_size
 from fvlm.train.device import synchronise
 from fvlm.train.gpu_memory import free_gpu_memory
@@ -71,7 +71,7 @@ def estimate(config: Config, latent_shape: tuple[int, int, int], clips: int) -> 
         train=dataclasses.replace(config.train, compile="off", cuda_graphs="off"),
     )
     with torch.device("meta"):
-        model = build_model(config.model, latent_shape, seed=0)
+        model = build_model(config.model, latent_shape, seed=0, architecture=kept_architecture(config))
     # A rank alone: what several add is counted in `of_one_rank`, and real sums of fake tensors cannot be had.
     with as_one_rank(), FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")

@@ -7,22 +7,17 @@ and of which it reads its parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
 from fvlm.config import Config
 from fvlm.errors import UserError
 from fvlm.model.foveated import FoveatedVLM
-from fvlm.model.hub import build_model
+from fvlm.model.hub import build_model, kept_architecture
+from fvlm.model.weights import ParametersOnMeta
 from fvlm.train.optim import freeze_unreached
 from fvlm.train.parallel import shard_decoder
 from fvlm.train.tensor_parts import is_shard, part_like
-
-_PARAMETER_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand}
 
 
 def build_sharded(config: Config, latent_shape: tuple[int, int, int], device: torch.device, new: bool) -> FoveatedVLM:
@@ -31,8 +26,9 @@ def build_sharded(config: Config, latent_shape: tuple[int, int, int], device: to
     new: fill it, with pretrained weights or from the seed; otherwise parameters hold anything and a checkpoint follows
     Raises UserError as `build_model` does, and when pretrained weights are not of the architecture that the name says.
     """
-    with _ParametersOnMeta():
-        model = build_model(config.model, latent_shape, config.train.seed, pretrained=False)
+    architecture = kept_architecture(config)
+    with ParametersOnMeta():
+        model = build_model(config.model, latent_shape, config.train.seed, False, architecture)
     freeze_unreached(model, config)
     buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     shard_decoder(model, device)
@@ -44,7 +40,7 @@ def build_sharded(config: Config, latent_shape: tuple[int, int, int], device: to
     if new:
         whole = None
         if dist.get_rank() == 0:
-            whole = build_model(config.model, latent_shape, config.train.seed)
+            whole = build_model(config.model, latent_shape, config.train.seed, architecture=architecture)
         fill_from_rank_0(model, whole)
     return model
 
@@ -83,15 +79,3 @@ def _receive(parameter: torch.nn.Parameter, value: torch.Tensor | None) -> None:
 
 def _shape(parameters: dict[str, torch.nn.Parameter], name: str) -> torch.Size | None:
     return parameters[name].shape if name in parameters else None
-
-
-class _ParametersOnMeta(TorchFunctionMode):
-    """Tensors that parameters are made of have no contents; buffers, which are computed from numbers, have theirs."""
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in _PARAMETER_MAKERS and kwargs.get("device") is None:
-            kwargs = kwargs | {"device": "meta"}
-        return function(*args, **kwargs)
