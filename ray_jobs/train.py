@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -24,14 +24,23 @@ from fvlm.data.schema import Manifest
 from fvlm.data.shards import check_shards, read_manifest
 from fvlm.data.text import hub_tokenizer, save_tokenizer, train_tokenizer
 from fvlm.errors import Damaged, UserError
+from fvlm.files import make_dirs, unwritable_is_a_user_error
 from fvlm.model.hub import vocabulary_size
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import settle_batch
-from fvlm.train.run_folder import TOKENIZER, exclusive, open_run
-from fvlm.train.run_log import FAILED
+from fvlm.train.run_folder import (
+    CONFIG,
+    TOKENIZER,
+    changes_since,
+    exclusive,
+    open_run,
+    read_began,
+    undone_on_failure,
+)
+from fvlm.train.run_log import FAILED, read_log
 from fvlm.train.sinks import TRAIN_LOG, TrainLog
 from fvlm.train.store import checkpoint_store, newest_step
-from ray_jobs.cli import run_command, user_error
+from ray_jobs.cli import Terminated, run_command, user_error
 from ray_jobs.cluster import connect
 from ray_jobs.command import remember
 from ray_jobs.feed_test import feeds
@@ -48,21 +57,22 @@ def main() -> None:
     config = settle(config)
     if test:
         sys.exit(0 if run_feed_test(config, test) else 1)
-    manifest = prepare_run(config)
+    manifest = check_input(config)
     run_dir, steps, store = config.run_dir, config.train.max_steps, checkpoint_store(config)
-    if (done := newest_step(store)) >= steps:
+    if (done := newest_step(store)) >= steps and is_of_this_run(config, manifest):
         print(f"{config.run_name} is finished: {done} of {steps} steps. Nothing to do.\n{run_dir}")
         return
-    print(config.describe(), flush=True)
     memory = ingest_memory(config, manifest)
-    print(f"ingest: at most {memory}", flush=True)
-    with exclusive(run_dir):
-        remember(config, sys.argv[1:])
-        CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: an error before anything starts
-        note = TrainLog(run_dir, steps).note
+    with exclusive(run_dir) as lock_note:
+        note = begin_or_go_on(config, manifest)
+        print(f"{config.describe()}\ningest: at most {memory}", flush=True)
+        if lock_note:
+            tell(note, lock_note)
         with failure_noted(note), cluster(config, memory), follow(run_dir / TRAIN_LOG), StopRequest() as stop:
             check_resources(config, memory, on_gpu(config))
             done = keep_training(config, manifest, stop, note)
+            if done < steps and not read_log(run_dir / TRAIN_LOG).ended:
+                note(f"stopped by signal {stop.signal} at step {done}, before the ranks of this start had begun")
     if done < steps:
         print(f"{config.run_name}: stopped at step {done} of {steps}; the same command goes on there.", flush=True)
         os._exit(128 + (stop.signal or 0))  # a thread may still wait in Ray for a place: a plain exit would crash on it
@@ -71,9 +81,13 @@ def main() -> None:
 
 @contextlib.contextmanager
 def failure_noted(note: Callable[[str], None]) -> Iterator[None]:
-    """The log says why the command failed: whoever looks at the run later may not have its output."""
+    """The log says why the command ended before it did its work: whoever looks later may not have its output."""
     try:
         yield
+    except (KeyboardInterrupt, Terminated) as error:
+        with contextlib.suppress(UserError, OSError):
+            note(f"stopped by {type(error).__name__}, without waiting for a checkpoint")
+        raise
     except Exception as error:
         with contextlib.suppress(UserError, OSError):  # there may be no room for the line
             note(f"{FAILED}{user_error(error) or summary(error)}")
@@ -134,21 +148,51 @@ def check_evaluation(config: Config, manifest: Manifest) -> None:
         look_at_shards(config, clips.reader.manifest)
 
 
-def prepare_run(config: Config) -> Manifest:
-    """Everything that can fail before a GPU is taken: dataset, run folder, tokenizer. Raises UserError."""
+def check_input(config: Config) -> Manifest:
+    """Everything that can fail before anything is written: the datasets. Raises UserError."""
     manifest = open_dataset(config)
     check_evaluation(config, manifest)
-    is_new = not config.run_dir.exists()
-    run_dir = open_run(config, manifest)
-    try:
+    return manifest
+
+
+def prepare_run(config: Config, manifest: Manifest | None = None, note: Callable[[str], None] = print) -> Manifest:
+    """The run's folder, tokenizer and first checkpoint, as far as they are not there. For the process that holds it.
+
+    manifest: what `check_input` gave; None: it is called here
+    Raises UserError; then what was added to the folder is gone again.
+    """
+    manifest = manifest or check_input(config)
+    run_dir = config.run_dir
+    make_dirs(run_dir)
+    with undone_on_failure(run_dir):
+        open_run(config, manifest, note)
         make_tokenizer(config, manifest, run_dir / TOKENIZER)
         if config.import_checkpoint and not checkpoint_store(config).names():
             import_run(Path(config.import_checkpoint), config, manifest, checkpoint_store(config))
-    except UserError:
-        if is_new:  # otherwise its config would stand in the way of the corrected command
-            shutil.rmtree(run_dir)
-        raise
     return manifest
+
+
+def begin_or_go_on(config: Config, manifest: Manifest) -> Callable[[str], None]:
+    """Make the held run ready for its ranks. -> what takes notes for its log. Raises UserError."""
+    run_dir = config.run_dir
+    with unwritable_is_a_user_error(run_dir), undone_on_failure(run_dir):
+        note = TrainLog(run_dir, config.train.max_steps).note
+        prepare_run(config, manifest, functools.partial(tell, note))
+        remember(config, sys.argv[1:])
+        CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: an error before anything starts
+    return note
+
+
+def tell(note: Callable[[str], None], text: str) -> None:
+    """On the terminal, and in the run's log."""
+    print(text, flush=True)
+    note(text)
+
+
+def is_of_this_run(config: Config, manifest: Manifest) -> bool:
+    """Whether the run's folder is there, and of this config. Raises UserError: it is damaged."""
+    there = (config.run_dir / CONFIG).exists()
+    return there and not changes_since(read_began(config.run_dir), config, manifest)
 
 
 def check_dataset(config: Config, manifest: Manifest) -> None:

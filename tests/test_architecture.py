@@ -24,14 +24,15 @@ LAYERS = {
     # A part of the product -> the parts it may import, itself left out.
     "errors": set(),
     "files": {"errors"},
+    "locks": {"errors", "files"},
     "config": {"errors"},
     "presets": {"errors", "config"},
     "batch": {"errors"},
     "ranks": set(),
     "wsl2": set(),
     "model": {"errors", "files", "config", "batch", "ranks"},
-    "data": {"errors", "files", "config", "batch"},
-    "train": {"errors", "files", "config", "batch", "ranks", "wsl2", "model", "data"},
+    "data": {"errors", "files", "locks", "config", "batch"},
+    "train": {"errors", "files", "locks", "config", "presets", "batch", "ranks", "wsl2", "model", "data"},
     "convert": {"errors", "files", "config", "presets", "batch", "model", "data", "train"},
     "checks": {"errors", "files", "config", "batch", "wsl2", "model", "data", "train"},
 }
