@@ -113,6 +113,18 @@ def file_error(error: OSError, path: Path | None = None) -> UserError:
     return UserError(f"{cannot} ({reason}). {cure}")
 
 
+def file_error_in(error: BaseException) -> UserError | None:
+    """For an OSError about a file that `error` is or was raised from, in a Ray worker too; None for anything else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # A connection has no file. Ray's task errors pass for what they carry, but their file lies under them.
+        if isinstance(cause, OSError) and isinstance(cause.filename, str) and not isinstance(cause, ConnectionError):
+            return file_error(cause)
+        inner = getattr(cause, "cause", None)
+        cause = inner if isinstance(inner, BaseException) else cause.__cause__
+    return None
+
+
 def _whose(path: str) -> str:
     """ "It belongs to user NAME. ", of the nearest thing that is there; "" for our own."""
     for place in (Path(path), *Path(path).parents):

@@ -12,6 +12,7 @@ from typing import NoReturn
 from ray.exceptions import RayTaskError
 
 from fvlm.errors import UserError
+from fvlm.files import file_error_in
 
 
 class Terminated(BaseException):
@@ -37,13 +38,13 @@ def run_command(command: Callable[[], None]) -> NoReturn:
 
     Ctrl-C gives one line and 130, and so does SIGTERM with 143 where `raise_on_sigterm` was called.
 
-    A UserError raised in a Ray worker arrives wrapped in Ray's exceptions; it counts as well. Anything else is a bug
-    of ours and keeps its traceback.
+    A UserError raised in a Ray worker arrives wrapped in Ray's exceptions; it counts as well, and so does an OSError
+    about a file. Anything else is a bug of ours and keeps its traceback.
     """
     try:
         command()
     except Exception as error:
-        reason = user_error(error)
+        reason = told_in_one_line(error)
         if reason is not None:
             print(f"error: {reason}", file=sys.stderr, flush=True)
             sys.exit(2)
@@ -58,6 +59,11 @@ def run_command(command: Callable[[], None]) -> NoReturn:
 def _leave(number: signal.Signals) -> NoReturn:
     print(f"stopped by {number.name}; what was complete stays", file=sys.stderr, flush=True)
     sys.exit(128 + number)
+
+
+def told_in_one_line(error: BaseException) -> UserError | None:
+    """`user_error`, or an OSError about a file, which is the disk's or its permissions' fault; None for a bug."""
+    return user_error(error) or file_error_in(error)
 
 
 def user_error(error: BaseException) -> UserError | None:

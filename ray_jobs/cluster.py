@@ -20,6 +20,7 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from fvlm.errors import UserError
+from fvlm.proxies import keep_loopback_direct
 
 GIB = 1 << 30
 OWN_FOLDER = "fvlm-ray-"
@@ -51,6 +52,7 @@ def connect(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_free_objects_batch_size", "1")  # otherwise dropped blocks lie in the store for a second
+    keep_loopback_direct()
     _quiet_ray_data()
     address = address or os.environ.get("RAY_ADDRESS")
     with contextlib.ExitStack() as cleanup:

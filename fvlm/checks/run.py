@@ -87,6 +87,8 @@ def look_at_checkpoint_disk(config: Config, machine: Machine, latent_shape: tupl
         each = BYTES_OF_STATE * parameters(config.model, latent_shape)
         store = checkpoint_store(config)
         more = checkpoints_left(config, newest_step(store)) * each
+    except OSError as error:
+        return [of_error("checkpoints", file_error(error))]
     except UserError as error:
         return [of_error("checkpoints", error)]
     place = config.train.checkpoint_dir

@@ -46,18 +46,21 @@ def exclusive(run_dir: Path) -> Iterator[str]:
     """
     busy = f"{run_dir}: this run is being trained by another process. Wait for it, stop it, or use another --run."
     lock = run_dir / LOCK
+    with unwritable_is_a_user_error(run_dir):
+        new_folder, new_lock = not run_dir.exists(), not lock.exists()
+    held = False
     with contextlib.ExitStack() as stack:
-        with unwritable_is_a_user_error(run_dir):
-            new_folder, new_lock = not run_dir.exists(), not lock.exists()
-            note = stack.enter_context(locks.exclusive(lock, busy))
         try:
+            with unwritable_is_a_user_error(run_dir):
+                note = stack.enter_context(locks.exclusive(lock, busy))
+            held = True
             yield note
         except BaseException:
             with contextlib.suppress(OSError):
-                if new_lock:
+                if new_lock and held:
                     lock.unlink()
                 if new_folder:
-                    run_dir.rmdir()
+                    run_dir.rmdir()  # unless something lies in it
             raise
 
 
