@@ -7,6 +7,7 @@ Presets (`fvlm.presets`) return a full `Config`; the command line overrides sing
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -234,6 +235,11 @@ NOT_IDENTITY = tuple(
 """... but for these (the dataset itself is compared by its fingerprint, not by where it lies)."""
 
 
+MAX_RUN_NAME = 100
+"""Ray adds a time and a number to it, and a file's name has at most 255 bytes."""
+RUN_NAME = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_RUN_NAME - 1}}}"
+
+
 def is_uri(path: str) -> bool:
     """Whether `path` is a URI: it means the same in every folder, and pathlib would mangle it."""
     return "://" in path
@@ -342,7 +348,9 @@ def validate(config: Config) -> Config:
         f"--scale.min-workers {config.scale.min_workers} is more than --scale.workers {workers}.",
     )
     _require(
-        bool(config.run_name) and "/" not in config.run_name and not config.run_name.startswith("."),
-        f"--run {config.run_name!r}: a run's name is the name of a folder; use letters, digits, '-' and '_'.",
+        re.fullmatch(RUN_NAME, config.run_name) is not None,
+        f"--run {config.run_name!r}: a run's name is the name of a folder, of jobs, and of places in stores and on "
+        f"W&B; use letters from a to z, digits, '-', '_' and '.', a letter or digit first, at most {MAX_RUN_NAME} "
+        "characters.",
     )
     return config

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from fvlm.errors import Unavailable, UserError
+from fvlm.errors import Told, UserError
+from fvlm.files import file_error_in
 
 TRY_LATER = 75
 """EX_TEMPFAIL of sysexits.h: what was needed is away and may come back, so trying again may do. 2 never does."""
@@ -29,17 +30,15 @@ class Terminated(BaseException):
         self.signal = signal.Signals(number)
 
 
-Told = UserError | Unavailable
-"""Errors that are told in one line; any other is a bug of ours and keeps its traceback."""
+def itself_or_its_file(error: Exception) -> Told | None:
+    return error if isinstance(error, Told) else file_error_in(error)
 
 
-def itself(error: Exception) -> Told | None:
-    return error if isinstance(error, Told) else None
-
-
-def run_command(command: Callable[[], None], told_error: Callable[[Exception], Told | None] = itself) -> NoReturn:
-    """Run `command` and leave the process: exit code 0, or `error: ...` on stderr and 2 for a UserError, 75 for what is
-    Unavailable.
+def run_command(
+    command: Callable[[], None], told_error: Callable[[Exception], Told | None] = itself_or_its_file
+) -> NoReturn:
+    """Run `command` and leave the process: exit code 0, or `error: ...` on stderr and 2 for a UserError or an
+    OSError about a file, 75 for what is Unavailable.
 
     Ctrl-C gives one line and 130; SIGTERM gives 143, a closed terminal 129. What holds files or processes cleans up
     first. Output that nobody reads any more (`| head`, a closed terminal, a full disk) is lost, and is no error.

@@ -35,6 +35,10 @@ class StoreUnavailable(Unavailable):
         return str(self.args[0])
 
 
+Told = UserError | Unavailable
+"""Errors that are told in one line. Any other is a bug of ours and keeps its traceback."""
+
+
 class Damaged(UserError):
     """The bytes of a shard are not what was written. Whether they could be reached at all is never this error.
 

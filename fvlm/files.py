@@ -109,6 +109,71 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+CURES = {
+    errno.EACCES: "{whose}Let this user write there (chown, chmod), or choose another place.",
+    errno.EPERM: "{whose}Let this user write there (chown, chmod, chattr), or choose another place.",
+    errno.ENOSPC: "Free some space, and run the same command again.",
+    errno.EDQUOT: "Free some space or have the quota raised, and run the same command again.",
+    errno.EROFS: "Its disk is mounted read-only: mount it for writing, or choose another place.",
+    errno.ENOTDIR: "A file lies where a folder should be: move it away, or choose another place.",
+    errno.EEXIST: "A file lies where a folder should be: move it away, or choose another place.",
+    errno.EISDIR: "A folder lies where a file should be: move it away, or choose another place.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Its links lead in a circle: mend them, or choose another place.",
+    errno.EIO: "The disk failed (`dmesg` may say why): mend it, and run the same command again.",
+    errno.EMFILE: "Too many files are open: `ulimit -n` has to be higher.",
+    errno.ENOENT: "Bring it back, or choose another place.",
+}
+"""What to do about an OSError that concerns a path, by its number."""
+CURE = "Mend that (permissions, mount, a file in the way), or choose another place."
+
+
+def file_error(error: OSError, path: Path | None = None) -> UserError | StoreUnavailable:
+    """An OSError about a file, on one line: path, reason and cure. Of a network disk that is away: StoreUnavailable.
+
+    path: what was worked on; None: the file that the error names
+    """
+    # The second is that of a rename, where the first is a temporary file of ours.
+    names = [name for name in (error.filename2, error.filename) if isinstance(name, str)]
+    where = names[0] if names else str(path)
+    if is_away(error, Path(where)):
+        return away_error(error, path or Path(where))
+    reason = error.strerror or str(error)
+    if path is not None and where != str(path):
+        reason += f": {where}"
+    cure = CURES.get(error.errno or 0, CURE).format(whose=_whose(where))
+    cannot = f"{where}: cannot be used" if path is None else f"{path}: cannot be written"
+    return UserError(f"{cannot} ({reason}). {cure}")
+
+
+def file_error_in(error: BaseException) -> UserError | StoreUnavailable | None:
+    """For an OSError about a file that `error` is or was raised from, in a Ray worker too; None for anything else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # A connection has no file. Ray's task errors pass for what they carry, but their file lies under them.
+        if isinstance(cause, OSError) and isinstance(cause.filename, str) and not isinstance(cause, ConnectionError):
+            return file_error(cause)
+        inner = getattr(cause, "cause", None)
+        cause = inner if isinstance(inner, BaseException) else cause.__cause__
+    return None
+
+
+def _whose(path: str) -> str:
+    """ "It belongs to user NAME. ", of the nearest thing that is there; "" for our own."""
+    for place in (Path(path), *Path(path).parents):
+        try:
+            owner = place.stat().st_uid
+        except OSError:
+            continue
+        if owner == os.getuid():
+            return ""
+        try:
+            return f"{place} belongs to user {place.owner()}. "
+        except (KeyError, NotImplementedError):  # a number without a name, as in containers
+            return f"{place} belongs to user {owner}. "
+    return ""
+
+
 @contextlib.contextmanager
 def no_space_is_a_user_error(path: Path) -> Iterator[None]:
     """Turn 'disk full' and 'quota exceeded' into a UserError that names the path."""
@@ -130,11 +195,7 @@ def unwritable_is_a_user_error(path: Path) -> Iterator[None]:
         with no_space_is_a_user_error(path):
             yield
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else path
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}: {where}). "
-            "Mend that (permissions, mount, a file in the way), or choose another place."
-        ) from error
+        raise file_error(error, path) from error
 
 
 def is_away(error: OSError, path: Path, writing: bool = False) -> bool:
@@ -172,6 +233,10 @@ def away_is_unavailable(path: Path, writing: bool = False) -> Iterator[None]:
     except OSError as error:
         if not is_away(error, path, writing):
             raise
-        raise StoreUnavailable(
-            f"{path}: the disk does not answer ({error.strerror or error}). Check the mount and its server."
-        ) from error
+        raise away_error(error, path) from error
+
+
+def away_error(error: OSError, path: Path) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"{path}: the disk does not answer ({error.strerror or error}). Check the mount and its server."
+    )

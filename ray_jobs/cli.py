@@ -8,19 +8,25 @@ from typing import NoReturn
 from ray.exceptions import RayTaskError
 
 from fvlm import entry_point
-from fvlm.errors import Unavailable, UserError
+from fvlm.errors import Told
+from fvlm.files import file_error_in
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """`fvlm.entry_point.run_command`; an error that arrives wrapped in Ray's exceptions counts as one."""
-    entry_point.run_command(main, told_error)
+    entry_point.run_command(main, told_in_one_line)
 
 
-def told_error(error: BaseException) -> UserError | Unavailable | None:
+def told_in_one_line(error: BaseException) -> Told | None:
+    """`told_error`, or an OSError about a file, which is the disk's or its permissions' fault; None for a bug."""
+    return told_error(error) or file_error_in(error)
+
+
+def told_error(error: BaseException) -> Told | None:
     """The first error told in one line that `error` is or was caused by, here or in a Ray worker; None without one."""
     for cause in causes(error):
         # Ray's task error is made one of these too, but its text is a traceback; the plain one lies under it.
-        if isinstance(cause, UserError | Unavailable) and not isinstance(cause, RayTaskError):
+        if isinstance(cause, Told) and not isinstance(cause, RayTaskError):
             return cause
     return None
 

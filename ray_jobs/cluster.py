@@ -16,6 +16,7 @@ import ray.data
 from ray._private import ray_constants
 
 from fvlm.errors import UserError
+from fvlm.proxies import keep_loopback_direct
 from ray_jobs.embedded_cluster import embedded_cluster
 
 GIB = 1 << 30
@@ -45,6 +46,7 @@ def connect(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_free_objects_batch_size", "1")  # otherwise dropped blocks lie in the store for a second
+    keep_loopback_direct()
     _quiet_ray_data()
     if "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
         # Ray would send the folder of a `uv run` to its workers, and start them by uv: where a cluster's nodes have the

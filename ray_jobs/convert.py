@@ -29,6 +29,7 @@ from fvlm.data import parts
 from fvlm.data.schema import DatasetSpec, Manifest
 from fvlm.data.shards import check_shards
 from fvlm.errors import UserError
+from fvlm.files import unwritable_is_a_user_error
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
 from ray_jobs.part_tasks import as_tasks, follow, print_table, unfinished
@@ -92,8 +93,9 @@ def convert(config: ConvertConfig) -> None:
     files = [path for part in sources for path in part]
     conversion = _conversion(config, files)
     settings = conversion.spec.to_json() | _identity(files)
-    parts.check_begun(out, settings)
-    manifest, converted = parts.completed(out), 0
+    with unwritable_is_a_user_error(out):
+        parts.check_begun(out, settings)
+        manifest, converted = parts.completed(out), 0
     if not manifest:
         _say_what_is_left_alone(src, files)
         _check_space(out, conversion, sources)

@@ -15,6 +15,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from fvlm.config import Config
 from fvlm.data.storage import is_uri
 from fvlm.errors import StoreUnavailable, UserError
+from fvlm.files import file_error
 from fvlm.train.run_folder import CONFIG
 from fvlm.train.run_report import is_locked
 from fvlm.train.store import checkpoint_store, newest_step
@@ -76,8 +77,9 @@ def main() -> None:
     for folder in run_folders(root):
         try:
             found = examine(folder)
-        except UserError as error:
-            print(f"{folder.name}: error: {error}", flush=True)
+        except (UserError, OSError) as error:
+            reason = file_error(error, folder) if isinstance(error, OSError) else error
+            print(f"{folder.name}: error: {reason}", flush=True)
             failed = True
             continue
         if isinstance(found, Unfinished):

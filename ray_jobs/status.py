@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from fvlm.config import Config
 from fvlm.errors import UserError
+from fvlm.files import file_error
 from fvlm.train.metrics import duration
 from fvlm.train.run_report import STATES, LastStart, RunReport, began_config, report
 from ray_jobs.cli import run_command
@@ -70,8 +71,11 @@ def arguments(args: list[str]) -> argparse.Namespace:
 
 def look(folder: Path) -> RunReport:
     """The report on one run's folder. Never fails for what is wrong with the folder."""
-    last, remarks = last_start(folder)
-    found = report(folder, last, time.time())
+    try:
+        last, remarks = last_start(folder)
+        found = report(folder, last, time.time())
+    except OSError as error:  # another user's, or of a disk that fails
+        return RunReport(folder.name, str(folder), "damaged", remarks=(str(file_error(error, folder)),))
     if found.state == "empty":
         return found
     return RunReport(**{**vars(found), "remarks": (*found.remarks, *remarks)})

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import requests
@@ -27,6 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from fvlm import presets
 from fvlm.config import Config
 from fvlm.errors import StoreUnavailable, UserError
+from fvlm.proxies import keep_loopback_direct, proxy_between
 from fvlm.train.store import LocalStore, checkpoint_store, newest_step
 from fvlm.train.wandb_sink import COMMIT
 from ray_jobs.cli import run_command
@@ -44,6 +46,7 @@ SILENT_S = 60.0
 """A log that says nothing for so long is asked for again: a dead connection looks the same."""
 LOST_S = 600.0
 """How long an unreachable cluster is waited for."""
+MAX_REASON_CHARS = 200
 STOPPED, INTERRUPTED = 143, 130
 LOST = (OSError, RuntimeError, aiohttp.ClientError)
 """What Ray's client raises when a request fails; the errors of `requests` are OSErrors."""
@@ -122,21 +125,36 @@ def connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise UserError(f"the address {address} is not that of a dashboard, which begins with http:// or https://.")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client lets this variable and RAY_ADDRESS overrule us
-    with asking_for_token(address):
+    keep_loopback_direct()
+    proxy = proxy_between(address)
+    between = f" The proxy {proxy} of the environment stands in between; NO_PROXY={host_of(address)} goes round it."
+    between *= bool(proxy)
+    with asking_for_token(address, between):
         try:
             return JobSubmissionClient(address)
         except ConnectionError as error:
             raise UserError(
                 f"no Ray cluster answers at {address}. Start one (cluster/local/start.sh makes this machine one), "
-                "or give the address of its dashboard with --address."
+                f"or give the address of its dashboard with --address.{between}"
             ) from error
         except (RuntimeError, KeyError, requests.RequestException) as error:
-            raise UserError(f"what answers at {address} is not the dashboard of a Ray cluster ({error}).") from error
+            reason = one_line(error)
+            raise UserError(
+                f"what answers at {address} is not the dashboard of a Ray cluster ({reason}).{between}"
+            ) from error
+
+
+def host_of(url: str) -> str:
+    return urlsplit(url).hostname or ""
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:MAX_REASON_CHARS]
 
 
 @contextlib.contextmanager
-def asking_for_token(address: str) -> Iterator[None]:
-    """Turns Ray's AuthenticationError into a UserError that names the variable to set."""
+def asking_for_token(address: str, more: str = "") -> Iterator[None]:
+    """Turns Ray's AuthenticationError into a UserError that names the variable to set. more: added to it"""
     try:
         yield
     except AuthenticationError as error:
@@ -148,7 +166,8 @@ def asking_for_token(address: str) -> Iterator[None]:
         else:
             cure = "Set RAY_AUTH_TOKEN_PATH to the file with its token, or RAY_AUTH_TOKEN to the token itself"
         raise UserError(
-            f"the cluster at {address} asks for a token. {cure}; cluster/local/start.sh prints what its cluster needs."
+            f"the cluster at {address} asks for a token. {cure}; cluster/local/start.sh prints what its cluster "
+            f"needs.{more}"
         ) from error
 
 

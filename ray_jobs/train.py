@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -30,16 +29,26 @@ from fvlm.data.text import (
     save_tokenizer,
     train_tokenizer,
 )
-from fvlm.errors import Damaged, StoreUnavailable, UserError
+from fvlm.entry_point import Terminated
+from fvlm.errors import Damaged, UserError
+from fvlm.files import make_dirs, unwritable_is_a_user_error
 from fvlm.model.hub import Architecture, keep_architecture, require_pretrained
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import settle_batch
-from fvlm.train.run_folder import TOKENIZER, exclusive, open_run
-from fvlm.train.run_log import FAILED
+from fvlm.train.run_folder import (
+    CONFIG,
+    TOKENIZER,
+    changes_since,
+    exclusive,
+    open_run,
+    read_began,
+    undone_on_failure,
+)
+from fvlm.train.run_log import FAILED, read_log
 from fvlm.train.sinks import TRAIN_LOG, TrainLog
 from fvlm.train.state import checkpoint_name
 from fvlm.train.store import checkpoint_store, newest_step, require_known
-from ray_jobs.cli import run_command, told_error
+from ray_jobs.cli import run_command, told_in_one_line
 from ray_jobs.cluster import connect
 from ray_jobs.command import remember
 from ray_jobs.feed_test import feeds
@@ -49,6 +58,7 @@ from ray_jobs.options import FeedTest, command_line
 from ray_jobs.supervise import StopRequest, keep_training, on_gpu, summary
 
 CAPTIONS_FOR_TOKENIZER = 100_000
+COMMAND_WAITS = "the command waits, Ctrl-C ends it."
 
 
 def main() -> None:
@@ -57,21 +67,22 @@ def main() -> None:
     if test:
         sys.exit(0 if run_feed_test(settle(config), test) else 1)
     outage = Outage(functools.partial(print, flush=True), config.scale.store_wait_s)
-    config, manifest, done = wait_out(lambda: ready(config), "the command waits, Ctrl-C ends it.", outage)
+    config, manifest, done = wait_out(lambda: check_input(config), COMMAND_WAITS, outage)
     run_dir, steps, store = config.run_dir, config.train.max_steps, checkpoint_store(config)
-    if done >= steps:
+    if done >= steps and is_of_this_run(config, manifest):
         print(f"{config.run_name} is finished: {done} of {steps} steps. Nothing to do.\n{run_dir}")
         return
-    print(config.describe(), flush=True)
     memory = ingest_memory(config, manifest)
-    print(f"ingest: at most {memory}", flush=True)
-    with exclusive(run_dir):
-        remember(config, sys.argv[1:])
-        CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: an error before anything starts
-        note = TrainLog(run_dir, steps).note
+    with exclusive(run_dir) as lock_note:
+        note = wait_out(lambda: begin_or_go_on(config, manifest), COMMAND_WAITS, outage)
+        print(f"{config.describe()}\ningest: at most {memory}", flush=True)
+        if lock_note:
+            tell(note, lock_note)
         with failure_noted(note), cluster(config, memory), LogFollower(run_dir / TRAIN_LOG), StopRequest() as stop:
             check_resources(config, memory, on_gpu(config))
             done = keep_training(config, manifest, stop, note)
+            if done < steps and not read_log(run_dir / TRAIN_LOG).ended:
+                note(f"stopped by signal {stop.signal} at step {done}, before the ranks of this start had begun")
     if done < steps:
         print(f"{config.run_name}: stopped at step {done} of {steps}; the same command goes on there.", flush=True)
         os._exit(128 + (stop.signal or 0))  # a thread may still wait in Ray for a place: a plain exit would crash on it
@@ -80,12 +91,16 @@ def main() -> None:
 
 @contextlib.contextmanager
 def failure_noted(note: Callable[[str], None]) -> Iterator[None]:
-    """The log says why the command failed: whoever looks at the run later may not have its output."""
+    """The log says why the command ended before it did its work: whoever looks later may not have its output."""
     try:
         yield
+    except (KeyboardInterrupt, Terminated) as error:
+        with contextlib.suppress(UserError, OSError):
+            note(f"stopped by {type(error).__name__}, without waiting for a checkpoint")
+        raise
     except Exception as error:
         with contextlib.suppress(UserError, OSError):  # there may be no room for the line
-            note(f"{FAILED}{told_error(error) or summary(error)}")
+            note(f"{FAILED}{told_in_one_line(error) or summary(error)}")
         raise
 
 
@@ -143,31 +158,34 @@ def check_evaluation(config: Config, manifest: Manifest) -> None:
         look_at_shards(config, clips.reader.manifest)
 
 
-def ready(config: Config) -> tuple[Config, Manifest, int]:
-    """What a start needs of the data and of the run's folder; and its finished steps. Raises UserError,
-    StoreUnavailable; then it can be called again."""
+def check_input(config: Config) -> tuple[Config, Manifest, int]:
+    """Everything that can fail before anything is written: the datasets, and where checkpoints lie.
+
+    -> the config with its batch size, the manifest, finished steps
+    Raises UserError, StoreUnavailable; then it can be called again.
+    """
     config = settle(config)
-    return config, prepare_run(config), newest_step(checkpoint_store(config))
-
-
-def prepare_run(config: Config) -> Manifest:
-    """Everything that can fail before a GPU is taken: dataset, run folder, tokenizer. Raises UserError,
-    StoreUnavailable."""
     manifest = open_dataset(config)
     check_evaluation(config, manifest)
-    is_new = not config.run_dir.exists()
-    run_dir, store = open_run(config, manifest), checkpoint_store(config)
-    try:
+    return config, manifest, newest_step(checkpoint_store(config))
+
+
+def prepare_run(config: Config, manifest: Manifest, note: Callable[[str], None] = print) -> None:
+    """The run's folder, models, tokenizer and first checkpoint, as far as they are not there. For the process that
+    holds the run.
+
+    Raises UserError, StoreUnavailable; then what was added to the folder is gone again.
+    """
+    run_dir = config.run_dir
+    make_dirs(run_dir)
+    with undone_on_failure(run_dir):
+        open_run(config, manifest, note)
         prepare_models(config, manifest)
+        store = checkpoint_store(config)
         names = store.names()
         require_known(store, run_dir, names)
         if config.import_checkpoint and not names:
             import_run(Path(config.import_checkpoint), config, manifest, store)
-    except (UserError, StoreUnavailable):
-        if is_new:  # otherwise its config would stand in the way of the corrected command
-            shutil.rmtree(run_dir)
-        raise
-    return manifest
 
 
 def prepare_models(config: Config, manifest: Manifest) -> None:
@@ -178,6 +196,29 @@ def prepare_models(config: Config, manifest: Manifest) -> None:
     make_tokenizer(config, manifest, config.run_dir / TOKENIZER, architecture)
     if config.model.init == "hub" and not begun and not config.import_checkpoint:
         require_pretrained(config.model, architecture)
+
+
+def begin_or_go_on(config: Config, manifest: Manifest) -> Callable[[str], None]:
+    """Make the held run ready for its ranks. -> what takes notes for its log. Raises UserError, StoreUnavailable."""
+    run_dir = config.run_dir
+    with unwritable_is_a_user_error(run_dir), undone_on_failure(run_dir):
+        note = TrainLog(run_dir, config.train.max_steps).note
+        prepare_run(config, manifest, functools.partial(tell, note))
+        remember(config, sys.argv[1:])
+        CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)  # too many: an error before anything starts
+    return note
+
+
+def tell(note: Callable[[str], None], text: str) -> None:
+    """On the terminal, and in the run's log."""
+    print(text, flush=True)
+    note(text)
+
+
+def is_of_this_run(config: Config, manifest: Manifest) -> bool:
+    """Whether the run's folder is there, and of this config. Raises UserError: it is damaged."""
+    there = (config.run_dir / CONFIG).exists()
+    return there and not changes_since(read_began(config.run_dir), config, manifest)
 
 
 def check_dataset(config: Config, manifest: Manifest) -> None:

@@ -134,6 +134,8 @@ def test_a_run_that_another_process_trains(good, tmp_path):
     assert look_at(args)["run demo"].level == "ok"
     with exclusive(run_dir):
         require(look_at(args)["run demo"], "FAIL", "trained by another process", "another --run")
+    assert look_at([*args, "--optim.lr", "0.5"])["run demo"].level == "ok"  # no step is done: a start takes it
+    (run_dir / "train.log").write_text("2026-11-26 10:00:00 saved step-00000050 in 0.1 s\n")
     changed = look_at([*args, "--optim.lr", "0.5"])["run demo"]
     require(changed, "FAIL", "this run began with another config", "")
     assert "optim.lr: 0.001 -> 0.5" in f"{changed.value} {changed.cure}"

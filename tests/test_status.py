@@ -155,6 +155,19 @@ def test_a_stopped_run_and_a_held_one_are_told_apart(tmp_path, told, say):
         assert told(tmp_path / "runs", "mine")["state"] in ("starting", "running")
 
 
+def test_a_start_that_was_stopped_before_a_step_was_done_did_not_fail(tmp_path, told):
+    start(options(tmp_path), stop=lambda: True)
+    run_dir = tmp_path / "runs" / "mine"
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    (run_dir / "train.log").write_text("2026-11-26 10:00:00 failed: no room\n")
+    assert told(tmp_path / "runs", "mine")["state"] == "failed"
+    line = "2026-11-26 10:01:00 stopped by signal 15 at step 0, before the ranks of this start had begun\n"
+    (run_dir / "train.log").write_text(line)
+    assert (told(tmp_path / "runs", "mine")["state"], told(tmp_path / "runs", "mine")["failed"]) == ("stopped", "")
+    (run_dir / "command.json").unlink()
+    assert (told(tmp_path / "runs", "mine")["state"], told(tmp_path / "runs", "mine")["max_steps"]) == ("stopped", 40)
+
+
 def test_steps_that_a_next_start_will_repeat_are_said(root, say):
     shutil.rmtree(root / "runs" / "mine" / "checkpoints" / "step-00000040")
     text = say("mine", "--runs-dir", root / "runs")
@@ -203,20 +216,22 @@ def test_looking_writes_nothing_and_never_holds_a_lock_that_a_start_would_meet(r
         (lambda run: (run / "config.json").unlink(), ["damaged", "config.json: missing or damaged"]),
         (lambda run: (run / "command.json").write_text("[]"), ["finished", "command.json: damaged"]),
         (lambda run: (run / "command.json").write_text('{"arguments": ["demo", "--no-such-option"]}'),
-         ["finished", "command.json: its options are not valid now"]),
-        (lambda run: (run / "command.json").unlink(), ["finished", "it has no command.json"]),
+         ["finished", "command.json: its options are not valid now", "40 of 40 (100.0%)"]),
+        (lambda run: (run / "command.json").unlink(), ["finished", "it has no command.json", "40 of 40 (100.0%)"]),
         (lambda run: (run / "metrics.jsonl").write_bytes(os.urandom(5000) + b"\n[1]\n{\"step\": \"x\"}\n"),
          ["finished", "of its last lines are no metrics", "40 of 40"]),
         (lambda run: (run / "metrics.jsonl").unlink(), ["finished", "40 of 40"]),
         (lambda run: (run / "train.log").write_bytes(os.urandom(3000)), ["finished", "starts      none"]),
-        (lambda run: (run / "corrupt.jsonl").write_text("not json\n"), ["not a list of damaged clips", "1 damaged"]),
+        (lambda run: (run / "corrupt.jsonl").write_text("not json\n"),
+         ["finished", "not a list of damaged clips", "1 damaged"]),
         (lambda run: (run / "checkpoints/step-00000040" / MODEL).write_bytes(b"short"),
-         ["DAMAGED", f"step-00000040/{MODEL}: 5 bytes,"]),
-        (lambda run: (run / "checkpoints/step-00000040" / OPTIMIZER).unlink(), ["DAMAGED", "is not there"]),
-        (lambda run: (run / "checkpoints/step-00000040" / STATE).write_text("{"), ["DAMAGED", "no whole JSON"]),
+         ["finished", "DAMAGED", f"step-00000040/{MODEL}: 5 bytes,"]),
+        (lambda run: (run / "checkpoints/step-00000040" / OPTIMIZER).unlink(), ["finished", "DAMAGED", "is not there"]),
+        (lambda run: (run / "checkpoints/step-00000040" / STATE).write_text("{"),
+         ["finished", "DAMAGED", "no whole JSON"]),
         (lambda run: shutil.rmtree(run / "checkpoints"), ["failed", "checkpoint  none"]),
         (lambda run: (run / "checkpoints").rename(run / "elsewhere") and (run / "checkpoints").write_text("a file"),
-         ["checkpoint  none"]),
+         ["stopped", "checkpoint  none"]),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_shown_as_what_it_is(root, say, spoil, wanted):
@@ -226,7 +241,8 @@ def test_a_damaged_folder_is_shown_as_what_it_is(root, say, spoil, wanted):
         log.write_text("\n".join(log.read_text().splitlines()[:-1]) + "\n")
     text = say("mine", "--runs-dir", root / "runs")
     assert say.code == 0 and "Traceback" not in text
-    missing = [part for part in wanted if part not in text]
+    assert text.startswith(f"mine: {wanted[0]} ("), text
+    missing = [part for part in wanted[1:] if part not in text]
     assert not missing, text
     assert "mine" in say("--runs-dir", root / "runs") and say.code == 0
 

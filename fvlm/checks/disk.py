@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -99,8 +100,12 @@ def free_bytes(folder: Path) -> int:
 
 
 def existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
-    return next(above for above in (path, *path.parents) if above.exists())
+    """`path`, or the nearest folder above it that is there, as far as this user may know."""
+    for above in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            if above.exists():
+                return above
+    return Path("/")
 
 
 def look_at_reading(

@@ -12,13 +12,17 @@ from fvlm.data.corrupt import CorruptList
 from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
 from fvlm.errors import Unavailable, UserError
+from fvlm.files import file_error
 from fvlm.model.hub import Architecture, build_model, kept_architecture
-from fvlm.train.run_folder import CONFIG, TOKENIZER, open_run
+from fvlm.train.run_folder import CONFIG, TOKENIZER, changes_since, has_progress, read_began
 from fvlm.train.run_report import LastStart, RunReport, is_locked, report
 from fvlm.train.store import checkpoint_store, is_milestone, newest_step
 
 BYTES_OF_STATE = 12
 """Of a parameter in a checkpoint: itself and AdamW's two moments, float32."""
+
+
+OTHER_CONFIG = "Use the old values to continue it, or another --run name to start a new one."
 
 
 def parameters(model: ModelConfig, latent_shape: tuple[int, int, int], architecture: Architecture | None = None) -> int:
@@ -42,16 +46,21 @@ def look_at_run(config: Config, manifest: Manifest | None, now: float) -> tuple[
     manifest: None where the dataset cannot be read; now: seconds since 1970
     """
     run_dir, what = config.run_dir, f"run {config.run_name}"
-    if not (run_dir / CONFIG).exists():
-        return [Finding("ok", what, f"new: {run_dir}")], False
-    if is_locked(run_dir):
-        cure = "Wait for it, stop it, or use another --run; `python -m ray_jobs.status` shows how it goes."
-        return [Finding("FAIL", what, f"{run_dir} is being trained by another process", cure)], False
     try:
+        if not (run_dir / CONFIG).exists():
+            return [Finding("ok", what, f"new: {run_dir}")], False
+        if is_locked(run_dir):
+            cure = "Wait for it, stop it, or use another --run; `python -m ray_jobs.status` shows how it goes."
+            return [Finding("FAIL", what, f"{run_dir} is being trained by another process", cure)], False
         if manifest:
-            open_run(config, manifest)  # there is a config, so this only compares
+            began = read_began(run_dir)
+            if (changes := changes_since(began, config, manifest)) and has_progress(config, began):
+                listed = "; ".join(changes)
+                return [Finding("FAIL", what, f"this run began with another config: {listed}", OTHER_CONFIG)], False
             CorruptList(run_dir, manifest.num_clips, config.data.max_corrupt)
         done = newest_step(checkpoint_store(config))
+    except OSError as error:
+        return [of_error(what, file_error(error))], False
     except (UserError, Unavailable) as error:
         return [of_error(what, error)], False
     found = report(run_dir, LastStart(config, None, held=False), now)
@@ -75,6 +84,8 @@ def look_at_checkpoint_disk(config: Config, machine: Machine, latent_shape: tupl
         each = BYTES_OF_STATE * parameters(config.model, latent_shape, kept_architecture(config))
         store = checkpoint_store(config)
         more = checkpoints_left(config, newest_step(store)) * each
+    except OSError as error:
+        return [of_error("checkpoints", file_error(error))]
     except (UserError, Unavailable) as error:
         return [of_error("checkpoints", error)]
     place = config.train.checkpoint_dir

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -36,6 +35,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from fvlm import locks
 from fvlm.data.counts import count
 from fvlm.errors import UserError
 from fvlm.files import TEMPORARY
@@ -162,7 +162,7 @@ class RowGroupCache:
                 state.used -= size
                 state.save()
                 raise
-            fcntl.flock(file, fcntl.LOCK_EX)  # "my writer lives"; the kernel lets go of it when the process dies
+            locks.lock(file)  # "my writer lives"; the kernel lets go of it when the process dies
             os.ftruncate(file.fileno(), size)
         published = False
         try:
@@ -236,7 +236,7 @@ class RowGroupCache:
         """The folder's state; saved at the end. No other thread or process changes the folder meanwhile."""
         fd = os.open(Path(self.folder) / STATE, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # of this opening of the file, so that threads exclude each other too
+            locks.lock(fd)  # of this opening of the file, so that threads exclude each other too
             raw = os.pread(fd, STATE_FORMAT.size, 0)
             if len(raw) == STATE_FORMAT.size:
                 state = _State(fd, *STATE_FORMAT.unpack(raw))
@@ -246,7 +246,7 @@ class RowGroupCache:
             yield state
             state.save()
         finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough where a process was forked meanwhile
+            locks.unlock(fd)  # closing is not enough where a process was forked meanwhile
             os.close(fd)
 
     def _discard(self, path: Path, inode: int) -> None:
@@ -290,9 +290,7 @@ class RowGroupCache:
 def _remove_if_abandoned(temporary: Path) -> int:
     """Bytes that a temporary file takes: 0 when its writer was killed, for then it is removed."""
     with temporary.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.try_lock(file):
             return os.fstat(file.fileno()).st_size
         temporary.unlink()
         return 0

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fvlm.errors import UserError
-from fvlm.files import fsync_dir, no_space_is_a_user_error
+from fvlm.files import file_error, fsync_dir, no_space_is_a_user_error
 
 CORRUPT = "corrupt.jsonl"
 
@@ -131,7 +131,9 @@ def known_corrupt(run_dir: Path) -> dict[Place, CorruptClip]:
     try:
         records = (CorruptClip.from_json(line.decode()) for line in _whole_lines(path).splitlines())
         return {record.place: record for record in records}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise file_error(error) from error
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a list of damaged clips ({error!r}). Restore it, or move it away.") from error
 
 

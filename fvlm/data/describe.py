@@ -21,7 +21,7 @@ from fvlm.data.schema import REJECTS, Manifest, arrow_schema, frame_column
 from fvlm.data.shards import read_manifest
 from fvlm.data.storage import Storage, pieces
 from fvlm.errors import Damaged, UserError
-from fvlm.files import no_space_is_a_user_error
+from fvlm.files import unwritable_is_a_user_error
 
 SHEET_FRAMES = 8
 """Frames shown of a clip on the contact sheet, at even steps."""
@@ -155,7 +155,7 @@ def draw_sheet(clips: list[dict[str, Any]], path: Path) -> None:
         for axes, frame in zip(part.subplots(1, width, squeeze=False)[0], clip["frames"], strict=True):
             axes.imshow(frame)
             axes.set_axis_off()
-    with no_space_is_a_user_error(path):
+    with unwritable_is_a_user_error(path):
         figure.savefig(path, format="png", dpi=100)
 
 

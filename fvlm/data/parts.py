@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import shutil
 from collections import Counter
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fvlm import locks
 from fvlm.data.captions import Row
 from fvlm.data.decode import encode_frame
 from fvlm.data.latents import LatentCodec, from_bits
@@ -187,17 +187,13 @@ def exclusive(root: Path) -> Iterator[None]:
     Sweeps up what killed processes left half-written, and at the end what ours did; and all, if no part came of it.
     Raises UserError: another process holds it, or the folder cannot be made or written.
     """
+    busy = f"{root}: another preparation writes it. Wait for it, or take another --out."
     with contextlib.ExitStack() as stack:
         with unwritable_is_a_user_error(root):
-            (root / PARTS).mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((root / PARTS / "lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"{root}: another preparation writes it. Wait for it, or take another --out."
-                ) from error
+            note = stack.enter_context(locks.exclusive(root / PARTS / "lock", busy))
             _sweep(root)
+        if note:
+            print(note, flush=True)
         try:
             yield
         finally:

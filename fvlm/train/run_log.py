@@ -21,7 +21,7 @@ _STEP = re.compile(r"step \d+/\d+ \(")
 _START = re.compile(r"starting at step \d+|resumed at step \d+ from ")
 _SAVED = re.compile(r"saved (step-\d+) in ")
 _EVALUATED = re.compile(r"evaluated at step \d+: ")
-_ENDED = re.compile(r"(stopped after|finished) \d+ steps in ")
+_ENDED = re.compile(r"(stopped after|finished) \d+ steps in |(stopped by) ")
 _PLACE = re.compile(r" parameters on (\d+ x \w+),")
 
 
@@ -38,7 +38,7 @@ class RunLog:
     stepped: bool = False
     """Whether the last start has logged a step."""
     ended: str = ""
-    """How the last start ended, as far as it said so: "stopped after" or "finished"."""
+    """How the last start ended, as far as it said so: "stopped after", "stopped by" or "finished"."""
     failed: str = ""
     """Why the last start failed, as far as it could still say so."""
     note: str = ""
@@ -75,7 +75,7 @@ def _take(log: RunLog, when: str, text: str) -> None:
     elif place := _PLACE.search(text):
         log.on = place[1]
     elif ended := _ENDED.match(text):
-        log.ended, log.failed = ended[1], ""
+        log.ended, log.failed = ended[1] or ended[2], ""
     elif text.startswith(FAILED):
         log.ended, log.failed = "", text.removeprefix(FAILED)
 

@@ -6,11 +6,11 @@ Works while the cluster is down, and on folders that are empty or damaged: those
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fvlm import locks
 from fvlm.config import Config
 from fvlm.data.corrupt import CORRUPT, known_corrupt
 from fvlm.errors import UserError
@@ -18,6 +18,7 @@ from fvlm.train.checkpoint_report import CheckpointReport, look_at_newest
 from fvlm.train.metrics import RATIOS
 from fvlm.train.run_folder import CONFIG, LOCK, read_began
 from fvlm.train.run_log import Readings, RunLog, read_log, read_metrics
+from fvlm.train.same_run import stored_config
 from fvlm.train.sinks import METRICS, TRAIN_LOG
 from fvlm.train.skipped import SKIPPED
 from fvlm.train.store import CHECKPOINTS
@@ -98,26 +99,10 @@ class RunReport:
 
 
 def began_config(run_dir: Path) -> Config:
-    """The config that the run began with. Keys that this release does not know are passed over, and those that the
-    file lacks have their defaults: this is for a look, not for training. Raises UserError."""
-    raw = read_began(run_dir)["config"]
-
-    def fill(kind: type, values: dict[str, Any]) -> Any:
-        given = {}
-        for field in dataclasses.fields(kind):
-            if field.name not in values:
-                continue
-            section, value = field.default_factory, values[field.name]
-            kinds = (int, float) if isinstance(field.default, int | float) else type(field.default)
-            if not isinstance(section, type) and not isinstance(value, list | kinds):
-                raise TypeError(f"{field.name} is {value!r:.60}")
-            given[field.name] = fill(section, value) if isinstance(section, type) else value
-        return kind(**given)
-
+    """The config that the run began with, for a look: not validated. Raises UserError."""
     try:
-        config: Config = fill(Config, raw)
-        return dataclasses.replace(config, run=config.run_name)
-    except (TypeError, AttributeError) as error:
+        return stored_config(read_began(run_dir)["config"])
+    except TypeError as error:
         raise UserError(f"{run_dir / CONFIG}: damaged ({error}). Restore it, or use another --run name.") from error
 
 
@@ -195,19 +180,8 @@ def report(run_dir: Path, last: LastStart, now: float) -> RunReport:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a command trains the run now, as far as this machine sees locks.
-
-    A shared lock for a moment: two who look do not disturb each other. Raises OSError.
-    """
-    try:
-        with (run_dir / LOCK).open("rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except FileNotFoundError:
-        return False
+    """Whether a command trains the run now, as far as this machine sees locks. No start fails by it. Raises OSError."""
+    return locks.is_held(run_dir / LOCK)
 
 
 def _state(

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 import fvlm
-from fvlm.config import Config, identity
+from fvlm.config import Config
 from fvlm.data.plan import Plan
 from fvlm.errors import UserError
 from fvlm.ranks import world_size
 from fvlm.train.metrics import Metrics, require_keys
+from fvlm.train.same_run import changes_of_identity
 from fvlm.train.sinks import WANDB_ID
 
 
@@ -87,12 +88,7 @@ class RunState:
 
     def require_same_run(self, file: str, config: Config, plan: Plan) -> None:
         """Raises UserError, with the differences, for the checkpoint of another experiment, dataset or order."""
-        before, now = identity(self.config), identity(config.to_dict())
-        changes = [
-            f"{key}: {before[key]!r} -> {now[key]!r}"
-            for key in sorted(before.keys() & now.keys())
-            if before[key] != now[key]
-        ]
+        changes = changes_of_identity(self.config, config)
         if self.dataset != plan.dataset:
             changes.append("dataset: another one, or in another order")
         elif not changes and self.plan != plan.fingerprint:
