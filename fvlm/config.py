@@ -245,6 +245,8 @@ def is_uri(path: str) -> bool:
     return "://" in path
 
 
+ARCHITECTURE = "architecture.json"
+"""File of a run folder: what its model is built from (`fvlm.model.hub`)."""
 MODEL_NAMES = ("model.vision", "model.language")
 """Names on the hub or local folders. A folder is the same one however it is spelled, so it is compared as the place
 that it really is. One that was moved is another one: the run has to be told its old name, by a link there."""

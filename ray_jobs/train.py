@@ -170,12 +170,14 @@ def check_input(config: Config) -> tuple[Config, Manifest, int]:
     return config, manifest, newest_step(checkpoint_store(config))
 
 
-def prepare_run(config: Config, manifest: Manifest, note: Callable[[str], None] = print) -> None:
+def prepare_run(config: Config, manifest: Manifest | None = None, note: Callable[[str], None] = print) -> Manifest:
     """The run's folder, models, tokenizer and first checkpoint, as far as they are not there. For the process that
     holds the run.
 
+    manifest: `check_input`'s; None: it is called here
     Raises UserError, StoreUnavailable; then what was added to the folder is gone again.
     """
+    manifest = manifest or check_input(config)[1]
     run_dir = config.run_dir
     make_dirs(run_dir)
     with undone_on_failure(run_dir):
@@ -186,6 +188,7 @@ def prepare_run(config: Config, manifest: Manifest, note: Callable[[str], None] 
         require_known(store, run_dir, names)
         if config.import_checkpoint and not names:
             import_run(Path(config.import_checkpoint), config, manifest, store)
+    return manifest
 
 
 def prepare_models(config: Config, manifest: Manifest) -> None:

@@ -15,16 +15,13 @@ from typing import Any
 import torch
 from transformers import Dinov2Config, LlamaConfig
 
-from fvlm.config import Config, ModelConfig, real_folder
+from fvlm.config import ARCHITECTURE, Config, ModelConfig, real_folder
 from fvlm.errors import UserError
 from fvlm.files import unwritable_is_a_user_error, write_atomic
 from fvlm.hub_files import CONFIG, ModelFiles, NotHere, read_json
 from fvlm.model.families import OPTIONS, make_module, read_config
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.weights import ParametersOnMeta, load_weights, require_weights
-
-ARCHITECTURE = "architecture.json"
-"""Of a run folder."""
 
 _DINOV2: dict[str, Any] = {"image_size": 518, "patch_size": 14, "num_hidden_layers": 12}
 _SMOLLM2: dict[str, Any] = {

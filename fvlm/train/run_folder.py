@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from fvlm import locks
-from fvlm.config import Config, flatten
+from fvlm.config import ARCHITECTURE, Config, flatten
 from fvlm.data.corrupt import CORRUPT
 from fvlm.data.schema import Manifest
 from fvlm.errors import UserError
 from fvlm.files import away_is_unavailable, make_dirs, unwritable_is_a_user_error, write_atomic
-from fvlm.model.hub import ARCHITECTURE
 from fvlm.train.run_log import read_log
 from fvlm.train.same_run import changes_of_identity, unknown_keys
 from fvlm.train.sinks import TRAIN_LOG, WANDB_ID
