@@ -18,7 +18,7 @@ from fvlm.checks.access import LocalCluster, look_at_cluster, look_at_hub, look_
 from fvlm.checks.disk import free_bytes, look_at_reading, look_at_writing
 from fvlm.checks.finding import Finding, gb, of_error
 from fvlm.checks.machine import Machine, look_at_machine
-from fvlm.checks.run import BYTES_OF_STATE, look_at_checkpoint_disk, look_at_run, parameters
+from fvlm.checks.run import BYTES_OF_STATE, look_at_checkpoint_disk, look_at_import, look_at_run, parameters
 from fvlm.checks.software import look_at_gpus, look_at_software
 from fvlm.config import Config
 from fvlm.data.memory import IngestMemory
@@ -80,6 +80,8 @@ def look(config: Config | None, step_s: float, machine: Machine, env: Mapping[st
         yield from look_at_step_memory(config, latent)
         found, begun = look_at_run(config, manifest, time.time())
         yield from found
+        if not begun:
+            yield from look_at_import(config, manifest)
         yield from look_at_checkpoint_disk(config, machine, latent)
         if config.data.cache_dir:
             most = int(config.data.cache_gb * 1e9)

@@ -26,6 +26,7 @@ import tyro
 from fvlm.convert.legacy_parts import Conversion
 from fvlm.convert.legacy_shards import find_layout, find_parts
 from fvlm.data import parts
+from fvlm.data.latents import SD_VAE
 from fvlm.data.schema import DatasetSpec, Manifest
 from fvlm.data.shards import check_shards
 from fvlm.errors import UserError
@@ -35,7 +36,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.part_tasks import as_tasks, follow, print_table, unfinished
 from ray_jobs.paths import absolute
 
-LATENT_CODEC = "sd-vae-ft-mse"
+LATENT_CODEC = SD_VAE
 """What made the latents of every file of the earlier trainer."""
 MEDIAN_DB, LEAST_DB = 40.0, 35.0
 """PSNR that JPEG frames must reach in --verify: the median of all, and every single one."""

@@ -20,6 +20,7 @@ import tyro
 
 from fvlm import presets
 from fvlm.config import Config
+from fvlm.data.latents import BlockTransform
 from fvlm.data.synthetic import write_videos
 from fvlm.errors import UserError
 from fvlm.train.metrics import RATIOS
@@ -67,7 +68,7 @@ def make_dataset(folder: Path, clips: int, seed: int) -> Path:
     captions = write_videos(folder / "videos", clips, config.frame_size, seed)
     job("prepare", "--videos", str(folder / "videos"), "--captions", str(captions), "--out", str(folder / "shards"),
         "--num-frames", str(2 * config.num_frames), "--frame-size", str(config.frame_size),
-        "--clips-per-shard", "64")  # fmt: skip
+        "--clips-per-shard", "64", "--latents", BlockTransform.name)  # fmt: skip
     return folder / "shards"
 
 

@@ -1,4 +1,4 @@
-"""Videos and captions -> a dataset. `python -m ray_jobs.prepare --videos DIR --captions FILE --out DIR`
+"""Videos and captions -> a dataset. `python -m ray_jobs.prepare --videos DIR --captions FILE --out DIR --latents CODEC`
 
 Interrupted, it is continued by the same command; finished, it says so. On a cluster all three paths have to be seen by
 every node.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -58,8 +59,9 @@ class PrepareConfig:
     """JPEG quality, 1 to 100."""
     subsampling: Literal["444", "422", "420"] = DatasetSpec.jpeg_subsampling
     """JPEG chroma subsampling."""
-    latents: str = BlockTransform.name
-    """"block-transform", which needs no weights; "sd-vae-ft-mse"; or a folder with the weights of such a VAE."""
+    latents: str = ""
+    """Has to be chosen: "sd-vae-ft-mse", which the 135M experiment and --import-checkpoint need; "block-transform",
+    which needs no weights; or a folder with the weights of another such VAE."""
     clips_per_shard: int = 128
     """Rows of the captions table that make one shard, and the work of one task."""
     tasks: int = 0
@@ -84,7 +86,7 @@ class PartWorker:
         result: dict[str, Any] = {"clips": [0], "error": [""], "note": [""]}
         deaths = parts.count_deaths(self.config.out, index)
         try:
-            self.codec = self.codec or make_codec(self.config.latents, self.device)
+            self.codec = self.codec or self._make_codec()
             part = parts.prepare_part(self.config.out, self.config.videos, index, rows, self.spec, self.codec)
             result["clips"] = [part.file.rows if part.file else 0]
             if deaths >= parts.MAX_DEATHS:
@@ -92,6 +94,16 @@ class PartWorker:
         except UserError as error:
             result["error"] = [str(error)]
         return result
+
+    def _make_codec(self) -> LatentCodec:
+        """Raises UserError as `make_codec` does, and when this node has a VAE of other weights than the dataset."""
+        codec = make_codec(self.config.latents, self.device)
+        if codec.name != self.spec.latent_codec:
+            raise UserError(
+                f"--latents {self.config.latents} on {platform.node()}: its weights are {codec.name}, and the dataset "
+                f"was begun with {self.spec.latent_codec}. Give all nodes the same weights."
+            )
+        return codec
 
 
 def _note(index: int, deaths: int, part: parts.Part) -> str:

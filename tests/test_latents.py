@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fvlm.data.latents import AutoencoderKLCodec, BlockTransform, from_bits, make_codec, to_bits
+from fvlm.data.latents import SD_VAE, VAE_WEIGHTS, AutoencoderKLCodec, BlockTransform, from_bits, make_codec, to_bits
 from fvlm.data.synthetic import draw, scene
 from fvlm.errors import UserError
+from fvlm.files import sha256_file
 
 
 def moving_shapes(clips: int = 8, size: int = 64) -> np.ndarray:
@@ -111,7 +116,7 @@ def test_vae_latents_are_its_sample_times_its_factor_seeded_by_the_clip(tiny_vae
 
     frames = moving_shapes(10)
     codec = make_codec(str(tiny_vae))
-    assert (codec.name, codec.dtype, codec.shape(64)) == ("tiny-vae", "bfloat16", (4, 8, 8))
+    assert (codec.dtype, codec.shape(64)) == ("bfloat16", (4, 8, 8))
     bits = codec.encode(frames, "clip a")
     vae = diffusers.AutoencoderKL.from_pretrained(tiny_vae, low_cpu_mem_usage=False)
     with torch.no_grad():
@@ -138,3 +143,80 @@ def test_without_weights_the_error_says_where_they_could_come_from(tmp_path: Pat
     pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'fvlm[vae]')")
     with pytest.raises(UserError, match="HF_HOME"):
         AutoencoderKLCodec(str(tmp_path))
+
+
+def spoiled(tiny_vae: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> str:
+    shutil.copytree(tiny_vae, folder)
+    path = folder / VAE_WEIGHTS
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_vae_is_known_by_its_weights_and_not_by_its_folder(tiny_vae: Path, tmp_path: Path) -> None:
+    name = make_codec(str(tiny_vae)).name
+    assert re.fullmatch(r"autoencoder-kl-[0-9a-f]{16}", name)
+    copied = shutil.copytree(tiny_vae, tmp_path / "sd-vae-ft-mse")  # so called, and of other weights
+    assert make_codec(str(copied)).name == name
+    key = "encoder.conv_in.weight"
+    other = spoiled(tiny_vae, tmp_path / "other" / tiny_vae.name, lambda t: t | {key: t[key] + 1e-3})
+    assert make_codec(other).name != name
+    config = copied / "config.json"  # latents are stored times this factor
+    config.write_text(config.read_text().replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
+    assert make_codec(str(copied)).name not in (name, SD_VAE)
+
+
+def test_the_published_vae_is_known_wherever_it_lies(tiny_vae: Path, tmp_path: Path, monkeypatch) -> None:
+    """Its own file cannot be had here, so another one stands for it, by its hash."""
+    monkeypatch.setattr("fvlm.data.latents.SD_VAE_SHA256", sha256_file(tiny_vae / VAE_WEIGHTS))
+    copied = shutil.copytree(tiny_vae, tmp_path / "vae")
+    assert make_codec(str(copied)).name == SD_VAE == "sd-vae-ft-mse"
+    cached = tmp_path / "hub" / "models--stabilityai--sd-vae-ft-mse"
+    shutil.copytree(tiny_vae, cached / "snapshots" / ("0123" * 10))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123" * 10)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert make_codec("sd-vae-ft-mse").name == SD_VAE
+    monkeypatch.setattr("fvlm.data.latents.SD_VAE_SHA256", "0" * 64)
+    assert make_codec("sd-vae-ft-mse").name.startswith("autoencoder-kl-")
+
+
+def test_a_vae_with_the_attention_names_of_older_diffusers_is_whole(tiny_vae: Path, tmp_path: Path) -> None:
+    """As the published file has them."""
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(key: str) -> str:
+        for new, old in older.items():
+            key = key.replace(f".{new}.", f".{old}.")
+        return key
+
+    folder = spoiled(tiny_vae, tmp_path / "vae", lambda t: {rename(key): tensor for key, tensor in t.items()})
+    frames = moving_shapes(2)
+    assert np.array_equal(make_codec(folder).encode(frames, "a"), make_codec(str(tiny_vae)).encode(frames, "a"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "encoder.conv_in" not in k}, "missing keys .'encoder.conv_in.bias'"),
+        (lambda t: t | {"extra.weight": torch.ones(2)}, "unexpected keys .'extra.weight'"),
+        (lambda t: {f"module.{k}": v for k, v in t.items()}, "missing keys"),
+    ],
+)
+def test_a_vae_that_is_not_whole_is_refused_instead_of_drawn_at_random(tiny_vae, tmp_path, change, said) -> None:
+    with pytest.raises(UserError, match=rf"{VAE_WEIGHTS}: not the weights of its config.json: {said}"):
+        make_codec(spoiled(tiny_vae, tmp_path / "vae", change))
+
+
+def test_a_vae_that_is_cut_short_or_a_pointer_is_refused_with_its_file(tiny_vae: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_vae, tmp_path / "vae") / VAE_WEIGHTS
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"vae.* cannot be had or are not right"):
+        make_codec(str(tmp_path / "vae"))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n")
+    with pytest.raises(UserError, match=f"{VAE_WEIGHTS}: a git-lfs pointer"):
+        make_codec(str(tmp_path / "vae"))
+
+
+def test_a_codec_has_to_be_chosen() -> None:
+    with pytest.raises(UserError, match=r"--latents is missing: sd-vae-ft-mse .* or block-transform"):
+        make_codec("")

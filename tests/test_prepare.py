@@ -42,7 +42,8 @@ FINISHED = ["files.parquet", "manifest.json", "prepare.json", "rejects.jsonl"]
 
 def command(videos: Path, captions: Path, out: Path, *more: str) -> list[str]:
     paths = ["--videos", str(videos), "--captions", str(captions), "--out", str(out)]
-    return [sys.executable, "-m", "ray_jobs.prepare", *paths, *more]
+    latents = [] if "--latents" in more else ["--latents", BlockTransform.name]
+    return [sys.executable, "-m", "ray_jobs.prepare", *paths, *latents, *more]
 
 
 def prepare(videos: Path, captions: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -324,7 +325,7 @@ def test_a_full_disk_in_a_worker_comes_back_as_the_users_error(
 
     parts_folder(tmp_path)
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    config = PrepareConfig(shapes, shapes / "captions.csv", tmp_path)
+    config = PrepareConfig(shapes, shapes / "captions.csv", tmp_path, latents=BlockTransform.name)
     rows = json.dumps([vars(row) for row in Captions(config.captions).rows(0, 2)])
     result = PartWorker(config, spec(4), "cpu")({"part": [0], "rows": [rows]})
     assert "no space left on the disk" in result["error"][0] and result["clips"] == [0]

@@ -435,6 +435,7 @@ def test_one_command_over_all_of_them_gives_clips_and_rejects_and_no_traceback(t
     out = tmp_path / "out"
     command = [sys.executable, "-m", "ray_jobs.prepare", "--videos", str(CASES), "--captions", str(tmp_path / "t.csv")]
     command += ["--out", str(out), "--num-frames", "24", "--frame-size", "64", "--tasks", "1"]
+    command += ["--latents", "block-transform"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stderr
     rejects = {line["clip_id"]: line["reason"] for line in map(json.loads, (out / "rejects.jsonl").open())}
@@ -476,6 +477,7 @@ def test_the_video_that_kills_its_worker_is_found_and_rejected_and_the_others_ar
     table.write_text("video,caption\nok.mp4,a\nkiller.mp4,b\nn24.mp4,c\nwhole.webm,d\n")
     command = [sys.executable, "-m", "ray_jobs.prepare", "--videos", str(videos), "--captions", str(table)]
     command += ["--out", str(out), "--num-frames", "4", "--frame-size", "32", "--tasks", "1"]
+    command += ["--latents", "block-transform"]
     paths = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=150, env=os.environ | {"PYTHONPATH": paths}, check=False

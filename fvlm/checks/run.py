@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from fvlm.checks.disk import existing, look_at_writing
@@ -9,6 +11,7 @@ from fvlm.checks.finding import Finding, of_error
 from fvlm.checks.machine import Machine
 from fvlm.config import Config, ModelConfig
 from fvlm.data.corrupt import CorruptList
+from fvlm.data.latents import require_sd_vae_latents
 from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
 from fvlm.errors import Unavailable, UserError
@@ -65,6 +68,20 @@ def look_at_run(config: Config, manifest: Manifest | None, now: float) -> tuple[
         return [of_error(what, error)], False
     found = report(run_dir, LastStart(config, None, held=False), now)
     return [_position(config, done, found)], done > 0 and (run_dir / TOKENIZER).is_dir()
+
+
+def look_at_import(config: Config, manifest: Manifest | None) -> list[Finding]:
+    """Whether a new run could begin from `import_checkpoint` with this dataset; the file itself is not opened."""
+    path = config.import_checkpoint
+    if not path or manifest is None:
+        return []
+    try:
+        require_sd_vae_latents(manifest.spec, manifest.where, path)
+    except UserError as error:
+        return [of_error("import", error)]
+    if not Path(path).is_file():
+        return [Finding("FAIL", "import", f"--import-checkpoint {path}: no such file", "Give the path of a latest.pt.")]
+    return [Finding("ok", "import", f"{path}; the dataset's latents are of its codec")]
 
 
 def _position(config: Config, done: int, found: RunReport) -> Finding:

@@ -23,6 +23,7 @@ from torch.serialization import safe_globals
 
 from fvlm import presets
 from fvlm.config import Config
+from fvlm.data.latents import require_sd_vae_latents
 from fvlm.data.plan import Plan
 from fvlm.data.schema import Manifest
 from fvlm.entry_point import run_command
@@ -132,6 +133,7 @@ def import_run(path: Path, config: Config, manifest: Manifest, store: Checkpoint
 
     The plan starts a fresh epoch at the imported step. Weights and moments go from file to file, never all in memory.
     """
+    require_sd_vae_latents(manifest.spec, manifest.where, str(path))
     skeleton = _skeleton(config, manifest.spec.latent_shape, kept_architecture(config))
     legacy = read_legacy_checkpoint(path, skeleton, config)
     print(legacy.describe(path), flush=True)

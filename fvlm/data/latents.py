@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fvlm.data.schema import LatentDtype
+from fvlm.data.schema import DatasetSpec, LatentDtype
 from fvlm.errors import UserError
+from fvlm.files import sha256_file
+from fvlm.hub_files import CONFIG, ModelFiles
 
 if TYPE_CHECKING:
     import torch
+
+SD_VAE = "sd-vae-ft-mse"
+"""Name of the codec with which the earlier trainer's data were made, and of the one with these very weights."""
+SD_VAE_ON_HUB = "stabilityai/sd-vae-ft-mse"
+SD_VAE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
+"""Of diffusion_pytorch_model.safetensors as it is published there, 334,643,276 bytes."""
+SD_VAE_FACTOR = 0.18215
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+OTHER_VAE = "autoencoder-kl-"
+"""Name of any other VAE's codec, before the hash of what makes its latents."""
+CHOICES = (
+    f"{SD_VAE} (what the 135M experiment and --import-checkpoint need; its weights come from the hub) or "
+    "block-transform (needs no weights; other numbers of the same shape)"
+)
 
 
 class LatentCodec(Protocol):
@@ -129,15 +145,16 @@ class BlockTransform:
 class AutoencoderKLCodec:
     """Stable Diffusion's VAE through `diffusers`: sampled latents times its scaling factor, kept as bfloat16.
 
-    weights: a hub name or a local folder; device: a torch device.
-    Raises UserError when diffusers is not installed or the weights cannot be had.
+    weights: a hub name or a local folder; device: a torch device. `name` says which weights they are, by their hash,
+    wherever they come from: equal names mean equal latents.
+    Raises UserError when diffusers is not installed, or the weights cannot be had or are not those of their config.
     """
 
     dtype: LatentDtype = "bfloat16"
     FRAMES_AT_ONCE = 8
     """Bounds the memory that the VAE takes, whatever the length of a clip."""
 
-    def __init__(self, weights: str = "stabilityai/sd-vae-ft-mse", device: str = "cpu"):
+    def __init__(self, weights: str = SD_VAE_ON_HUB, device: str = "cpu"):
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
@@ -146,16 +163,26 @@ class AutoencoderKLCodec:
                 f"`--latents {BlockTransform.name}`, which needs nothing."
             ) from error
         try:
-            vae = AutoencoderKL.from_pretrained(weights, low_cpu_mem_usage=False)  # True needs another package
-        except (OSError, ValueError) as error:  # what huggingface_hub and diffusers raise for absent or foreign weights
+            files = ModelFiles("--latents", weights)
+            files.json(CONFIG)
+            path = files.path(VAE_WEIGHTS)
+            vae, report = AutoencoderKL.from_pretrained(
+                path.parent, low_cpu_mem_usage=False, use_safetensors=True, output_loading_info=True
+            )  # True needs another package
+        except (OSError, ValueError, RuntimeError, UserError) as error:  # what diffusers raises for foreign weights
             raise UserError(
-                f"the VAE's weights {weights!r} can neither be downloaded nor are they in the local cache "
-                f"({str(error).strip().splitlines()[0]}). Run once where huggingface.co is reachable, or set HF_HOME "
-                f"to a cache that holds them, or take `--latents {BlockTransform.name}`."
+                f"the VAE's weights {weights!r} cannot be had or are not right: {str(error).strip().splitlines()[0]} "
+                "Run once where huggingface.co is reachable, or set HF_HOME to a cache that holds them, or take "
+                f"`--latents {BlockTransform.name}`."
             ) from error
-        self.name = weights.rstrip("/").rsplit("/", 1)[-1]
+        # Diffusers leaves at random what a file lacks, and says so in its log alone.
+        wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+        if wrong:
+            said = ", ".join(f"{kind.replace('_', ' ')} {keys[:3]}" for kind, keys in wrong.items())
+            raise UserError(f"{path}: not the weights of its config.json: {said}. Fetch both again.")
         self.vae, self.device = vae.to(device).eval().requires_grad_(False), device
         self.factor = float(vae.config.scaling_factor)
+        self.name = vae_name(sha256_file(path), vae.config)
 
     def shape(self, frame_size: int) -> tuple[int, int, int]:
         config = self.vae.config
@@ -189,18 +216,45 @@ class AutoencoderKLCodec:
         return torch.cat(frames).numpy()
 
 
+def vae_name(weights_sha256: str, config: Any) -> str:
+    """A VAE's name in a dataset's spec: that of the published one, or a hash of what decides its latents.
+
+    config: diffusers' config, whose factor is part of what is stored
+    """
+    shift = config.get("shift_factor")
+    if weights_sha256 == SD_VAE_SHA256 and config.scaling_factor == SD_VAE_FACTOR and not shift:
+        return SD_VAE
+    made_by = f"{weights_sha256} {float(config.scaling_factor)!r}"
+    return OTHER_VAE + hashlib.sha256(made_by.encode()).hexdigest()[:16]
+
+
+def require_sd_vae_latents(spec: DatasetSpec, where: str, checkpoint: str) -> None:
+    """Raises UserError unless the latents of a dataset are of the codec that the earlier trainer's checkpoints learned.
+
+    The shape alone does not tell: block-transform has the same.
+    """
+    if spec.latent_codec != SD_VAE:
+        raise UserError(
+            f"--import-checkpoint {checkpoint}: it has learned to foresee latents of {SD_VAE}, and {where} holds those "
+            f"of {spec.latent_codec}, which are other numbers. Convert the data that it was trained on (`python -m "
+            f"ray_jobs.convert`), or prepare the videos with --latents {SD_VAE}."
+        )
+
+
 def make_codec(name: str, device: str = "cpu") -> LatentCodec:
     """The codec of that name: "block-transform", "sd-vae-ft-mse", or a folder with the weights of an AutoencoderKL.
 
-    Raises UserError for any other name, and where the VAE cannot be had.
+    Raises UserError for any other name, and for "", and where the VAE cannot be had.
     """
+    if not name:
+        raise UserError(f"--latents is missing: {CHOICES}, or a folder with the weights of an AutoencoderKL.")
     if name == BlockTransform.name:
         return BlockTransform()
-    if name == "sd-vae-ft-mse":
+    if name == SD_VAE:
         return AutoencoderKLCodec(device=device)
     if Path(name).is_dir():
         return AutoencoderKLCodec(name, device)
     raise UserError(
-        f"--latents {name}: no such codec. There are {BlockTransform.name} and sd-vae-ft-mse; "
+        f"--latents {name}: no such codec. There are {BlockTransform.name} and {SD_VAE}; "
         "a folder with the weights of an AutoencoderKL does as well."
     )

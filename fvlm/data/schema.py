@@ -47,7 +47,8 @@ class DatasetSpec:
     frame_size:   side of the square frames, pixels
     frame_codec:  "jpeg" (lossy, `jpeg_quality` and `jpeg_subsampling` say how) or "png" (lossless)
     resize:       how a video became square: "short-side" (scale the short side, crop the centre), "stretch", "as-is"
-    latent_codec: name of the codec that made the latents, for example "sd-vae-ft-mse" or "block-transform"
+    latent_codec: codec that made the latents: "block-transform", "sd-vae-ft-mse", or another VAE by the hash of its
+                  weights. (Datasets of earlier releases have the name of that VAE's folder.)
     latent_dtype: half-precision type of the stored latents, bit for bit
     latent_shape: (channels, height, width) of one frame's latent
     """

@@ -154,7 +154,7 @@ def read_manifest(root: Path | str) -> Manifest:
     except Damaged as error:
         raise UserError(
             f"{storage.locate()}: not a dataset (it has no {MANIFEST}). Make one with "
-            "`python -m ray_jobs.prepare --videos DIR --captions FILE --out DIR`; "
+            "`python -m ray_jobs.prepare --videos DIR --captions FILE --out DIR --latents CODEC`; "
             "if that was interrupted, the same command continues it."
         ) from error
     try:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from fvlm.config import Config
+from fvlm.data.latents import OTHER_VAE
 from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
@@ -81,7 +82,7 @@ def _require_fit(config: Config, training: Manifest, held_out: Manifest) -> None
         if mine != theirs:
             raise UserError(
                 f"{where}: {key} is {mine!r}; the training dataset has {theirs!r}. Prepare it again with "
-                f"--latents {trained.latent_codec}."
+                f"--latents {trained.latent_codec}{_or_folder(trained.latent_codec)}."
             )
     if held_out.num_clips < batch:
         raise UserError(
@@ -93,3 +94,8 @@ def _require_fit(config: Config, training: Manifest, held_out: Manifest) -> None
             f"--eval.clips {config.eval.clips} is less than one global batch of {batch}, in which clips are evaluated "
             f"as they are trained. Use --eval.clips {batch} or more."
         )
+
+
+def _or_folder(codec: str) -> str:
+    """What --latents was given where the name is a hash."""
+    return ": the folder of the VAE with these weights" if codec.startswith(OTHER_VAE) else ""

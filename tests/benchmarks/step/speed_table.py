@@ -35,7 +35,7 @@ ENTRIES = {
 }
 
 _FEED = "python -m ray_jobs.train joint_multifine --feed-test --data.path"
-_PREPARE = "python -m ray_jobs.prepare --videos VIDEOS --captions CSV"
+_PREPARE = "python -m ray_jobs.prepare --videos VIDEOS --captions CSV --latents sd-vae-ft-mse"
 LOADING = {
     "more workers": f"{_FEED} DATA --data.decode-threads 4",
     "loaders and their workers": "python tests/benchmarks/ingest --workers 1,2,3",
