@@ -31,7 +31,7 @@ from fvlm.data.shards import check_shards
 from fvlm.errors import UserError
 from ray_jobs.cli import raise_on_sigterm, run_command
 from ray_jobs.cluster import connect
-from ray_jobs.part_tasks import as_tasks, follow, print_table, unfinished
+from ray_jobs.part_tasks import as_tasks, follow, outcome_of, print_table, unfinished
 from ray_jobs.paths import absolute
 
 LATENT_CODEC = "sd-vae-ft-mse"
@@ -75,11 +75,9 @@ class PartTask:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         files = [Path(name) for name in json.loads(batch["files"][0])]
-        try:
-            clips, figures = self.work(int(batch["part"][0]), files)
-        except UserError as error:
-            return {"clips": [0], "figures": ["{}"], "error": [str(error)]}
-        return {"clips": [clips], "figures": [json.dumps(figures)], "error": [""]}
+        made, error = outcome_of(lambda: self.work(int(batch["part"][0]), files))
+        clips, figures = made or (0, {})
+        return {"clips": [clips], "figures": [json.dumps(figures)]} | error
 
 
 def convert(config: ConvertConfig) -> None:
