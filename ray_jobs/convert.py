@@ -33,7 +33,7 @@ from fvlm.errors import UserError
 from fvlm.files import unwritable_is_a_user_error
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
-from ray_jobs.part_tasks import as_tasks, follow, print_table, unfinished
+from ray_jobs.part_tasks import as_tasks, follow, outcome_of, print_table, unfinished
 from ray_jobs.paths import absolute
 
 LATENT_CODEC = SD_VAE
@@ -77,11 +77,9 @@ class PartTask:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         files = [Path(name) for name in json.loads(batch["files"][0])]
-        try:
-            clips, figures = self.work(int(batch["part"][0]), files)
-        except UserError as error:
-            return {"clips": [0], "figures": ["{}"], "error": [str(error)]}
-        return {"clips": [clips], "figures": [json.dumps(figures)], "error": [""]}
+        made, error = outcome_of(lambda: self.work(int(batch["part"][0]), files))
+        clips, figures = made or (0, {})
+        return {"clips": [clips], "figures": [json.dumps(figures)]} | error
 
 
 def convert(config: ConvertConfig) -> None:

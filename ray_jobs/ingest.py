@@ -120,8 +120,10 @@ def steps_of(blocks: Iterator[RawBatch], size: int) -> Iterator[RawBatch]:
         for at in range(0, clips, size):
             yield {key: column[at : at + size] for key, column in block.items()}
         if clips < len(block["caption"]) and block["caption"][clips]:
-            kind = StoreUnavailable if block["replaced"][clips] == AWAY else UserError
-            raise kind(str(block["caption"][clips]))
+            text = str(block["caption"][clips])
+            if block["replaced"][clips] == AWAY:
+                raise StoreUnavailable(text, float(block["read_s"][clips]))
+            raise UserError(text)
 
 
 def cpus_needed(config: Config, ranks: int = 0) -> int:

@@ -16,7 +16,7 @@ class Ledger:
 
     def __init__(self, run: str, corrupt: CorruptList) -> None:
         self._run = run
-        self._reason: tuple[str, bool] | None = None
+        self._reason: tuple[str, float | None] | None = None
         self._stop, self._chosen = asyncio.Event(), asyncio.Event()
         self._choice: tuple[Any, ...] = ()
         self._nodes: set[str] = set()
@@ -37,13 +37,13 @@ class Ledger:
         news, self._news = self._news, []
         return news, len(self._corrupt.known), self._replaced
 
-    async def record(self, reason: str, may_pass: bool = False) -> None:
-        """A rank stopped for this reason. The user has to mend it, and there is no use in another start; or it may pass
-        by itself, as a store that is away."""
-        self._reason = self._reason or (reason, may_pass)
+    async def record(self, reason: str, away_s: float | None = None) -> None:
+        """A rank stopped for this reason. The user has to mend it, and there is no use in another start; or a store has
+        been away for `away_s` seconds, which may pass by itself."""
+        self._reason = self._reason or (reason, away_s)
 
-    async def reason(self) -> tuple[str, bool] | None:
-        """-> the first that was recorded, and whether it may pass."""
+    async def reason(self) -> tuple[str, float | None] | None:
+        """-> the first that was recorded, and for how long a store had been away, if that was it."""
         return self._reason
 
     async def choose(self, choice: tuple[Any, ...]) -> None:

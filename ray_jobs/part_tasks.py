@@ -6,17 +6,21 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray.data
 
 from fvlm.data import parts
-from fvlm.errors import UserError
+from fvlm.data.outage import Outage, wait_out
+from fvlm.errors import StoreUnavailable, UserError
 
+T = TypeVar("T")
 Rows = Generator[dict[str, Any], None, None]
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 PROGRESS_SECONDS = 5.0
+AWAY_S = 600.0
+"""How long a task waits for a network disk that is away, before the command ends with code 75."""
 
 
 def unfinished(out: Path, num_parts: int) -> list[int]:
@@ -44,16 +48,26 @@ def as_tasks(work: Work, items: list[dict[str, Any]], tasks: int, name: str) -> 
     yield from done.iter_rows()
 
 
-def follow(rows: Rows, num_parts: int, done: int = 0) -> list[dict[str, Any]]:
-    """All rows, with a line of progress every few seconds. Raises UserError for the first that holds an error.
+def outcome_of(part: Callable[[], T]) -> tuple[T | None, dict[str, Any]]:
+    """What `part` returns, made again while a disk that it reads is away; and the columns of a row that tell its error.
 
-    Tasks return their UserErrors as a value: as an exception one would arrive under pages of Ray's own traces.
+    As an exception an error would arrive under pages of Ray's own traces.
     """
+    try:
+        made = wait_out(part, "the task waits", Outage(print, AWAY_S))
+    except (UserError, StoreUnavailable) as error:
+        return None, {"error": [str(error)], "away": [isinstance(error, StoreUnavailable)]}
+    return made, {"error": [""], "away": [False]}
+
+
+def follow(rows: Rows, num_parts: int, done: int = 0) -> list[dict[str, Any]]:
+    """All rows, with a line of progress every few seconds. Raises the first error that one holds
+    (`outcome_of`)."""
     progress, seen = Progress(num_parts, done), []
     with contextlib.closing(rows):  # an execution that outlives the cluster's connection hangs at the end
         for row in rows:
             if row["error"]:
-                raise UserError(row["error"])
+                raise (StoreUnavailable if row["away"] else UserError)(row["error"])
             if row.get("note"):
                 print(row["note"], flush=True)
             progress.add(row["clips"])

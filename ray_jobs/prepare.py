@@ -28,7 +28,7 @@ from fvlm.errors import UserError
 from fvlm.files import unwritable_is_a_user_error
 from ray_jobs.cli import run_command
 from ray_jobs.cluster import connect
-from ray_jobs.part_tasks import Rows, as_tasks, follow, print_table, unfinished
+from ray_jobs.part_tasks import Rows, as_tasks, follow, outcome_of, print_table, unfinished
 from ray_jobs.paths import absolute, absolute_unless_name
 
 ROWS_AT_ONCE = 65536
@@ -78,22 +78,21 @@ class PartWorker:
         self.codec: LatentCodec | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One part in (batches have one row), one row of figures out.
-
-        A UserError travels as a value: as an exception it would arrive under pages of Ray's own traces.
-        """
+        """One part in (batches have one row), one row of figures out."""
         index, rows = int(batch["part"][0]), [Row(**row) for row in json.loads(batch["rows"][0])]
-        result: dict[str, Any] = {"clips": [0], "error": [""], "note": [""]}
+        result: dict[str, Any] = {"clips": [0], "note": [""]}
         deaths = parts.count_deaths(self.config.out, index)
-        try:
+
+        def make() -> parts.Part:
             self.codec = self.codec or self._make_codec()
-            part = parts.prepare_part(self.config.out, self.config.videos, index, rows, self.spec, self.codec)
+            return parts.prepare_part(self.config.out, self.config.videos, index, rows, self.spec, self.codec)
+
+        part, error = outcome_of(make)
+        if part:
             result["clips"] = [part.file.rows if part.file else 0]
             if deaths >= parts.MAX_DEATHS:
                 result["note"] = [_note(index, deaths, part)]
-        except UserError as error:
-            result["error"] = [str(error)]
-        return result
+        return result | error
 
     def _make_codec(self) -> LatentCodec:
         """Raises UserError as `make_codec` does, and when this node has a VAE of other weights than the dataset."""

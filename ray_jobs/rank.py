@@ -20,7 +20,7 @@ from fvlm.data.memory import IngestMemory
 from fvlm.data.plan import Plan
 from fvlm.data.read import ClipReader
 from fvlm.data.schema import Manifest
-from fvlm.errors import Unavailable
+from fvlm.errors import StoreUnavailable
 from fvlm.train.resume import Choice, choose_checkpoint
 from fvlm.train.run_folder import Claim
 from fvlm.train.store import checkpoint_store
@@ -40,7 +40,8 @@ def train_rank(task: dict[str, Any]) -> None:
         reason = told_error(error)
         if reason is None:
             raise
-        ray.get(ledger.record.remote(str(reason), isinstance(reason, Unavailable)))
+        away_s = reason.for_s if isinstance(reason, StoreUnavailable) else None
+        ray.get(ledger.record.remote(str(reason), away_s))
         if ray.train.get_context().get_world_size() > 1:
             raise  # others may wait for this rank in a collective, and only a failure ends them
 

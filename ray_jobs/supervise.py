@@ -196,8 +196,8 @@ class Start:
         except ray.exceptions.RayError:
             reason = None  # its process was killed: what it knew will be met again
         shutil.rmtree(self.config.run_dir / STORAGE, ignore_errors=True)
-        text, may_pass = reason or ("", False)
-        if text and not may_pass:
+        text, away_s = reason or ("", None)
+        if text and away_s is None:
             raise UserError(text) from self.failure
         failure = self.failure
         if failure and not text and not isinstance(failure, Failure):
@@ -205,7 +205,7 @@ class Start:
         if failure:
             release_places()
         if text:
-            return StoreUnavailable(text)
+            return StoreUnavailable(text, away_s or 0.0)
         return failure if isinstance(failure, Failure) else None
 
     def _ranks_run(self, ledger: Any) -> bool:

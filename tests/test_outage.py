@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,8 @@ from fvlm.data.retries import Patience
 from fvlm.data.row_groups import RowGroups
 from fvlm.data.shards import read_manifest
 from fvlm.data.storage import Storage
+from fvlm.data.synthetic import write_videos
+from fvlm.data.video import RejectedVideo, read_clip
 from fvlm.errors import Damaged, StoreUnavailable, Unavailable, UserError
 from fvlm.files import away_is_unavailable, is_away, is_on_network, write_synced
 from fvlm.train.store import LocalStore, remember_place, require_known
@@ -167,6 +170,30 @@ def test_a_large_file_reaches_the_disk_bit_by_bit(tmp_path, monkeypatch) -> None
     assert synced == [1200, 2400] and (tmp_path / "f").stat().st_size == 3000
 
 
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_a_network_disk_that_is_away_makes_no_reject_of_a_good_video(tmp_path, monkeypatch, code) -> None:
+    """FFmpeg says EIO of damage, too: then the file is read through."""
+    write_videos(tmp_path, 1)
+    video = next(tmp_path.rglob("*.mp4"))
+    monkeypatch.setattr("fvlm.files.is_on_network", lambda path: True)
+    real = Path.open
+
+    def away(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def broken(then: object) -> None:
+        monkeypatch.setattr(Path, "open", then)
+        av.error.err_check(-errno.EIO)  # raises what a read that failed does
+
+    monkeypatch.setattr("fvlm.data.video.open_video", lambda path: broken(real))
+    with pytest.raises(RejectedVideo, match="damaged: FFmpeg cannot decode it"):
+        read_clip(video, 4, 56, "short-side")
+    monkeypatch.setattr("fvlm.data.video.open_video", lambda path: broken(away))
+    for _ in range(2):  # the second time it cannot even be opened
+        with pytest.raises(StoreUnavailable, match=f"{video}: the disk does not answer"):
+            read_clip(video, 4, 56, "short-side")
+
+
 # ---- waiting
 
 
@@ -226,11 +253,11 @@ def test_the_ingest_says_that_the_store_is_away_after_the_steps_that_it_has(stor
     padded = BlockReader(clips, block_steps=1, pad=True).steps(0, 30)
     blocks = ({key: np.asarray(column) for key, column in block.items()} for block in padded)  # as Ray makes them
     got = []
-    with pytest.raises(StoreUnavailable, match="could not be reached"):
+    with pytest.raises(StoreUnavailable, match="could not be reached") as caught:
         for step in steps_of(blocks, 4):
             got.append(list(step["clip_id"]))
             through.outage = "hang up"
-    assert 1 <= len(got) < 30
+    assert 1 <= len(got) < 30 and 0 < caught.value.for_s < 60
     through.outage = ""
     assert got == [b["clip_id"] for b in BlockReader(ClipReader(manifest, clips.plan, 2)).steps(0, len(got))]
 

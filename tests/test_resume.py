@@ -21,7 +21,7 @@ from units import Home, Unit
 
 from fvlm import presets
 from fvlm.data.schema import Manifest
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
 from fvlm.train.run_folder import exclusive, finished_steps, open_run
 from ray_jobs import resume
 from ray_jobs.command import hold, remember, remembered
@@ -113,6 +113,21 @@ def test_a_held_run_is_left_alone_until_it_is_released_or_started(runs, monkeypa
 
     code, said = call(monkeypatch, capsys, root, "--hold", "min")
     assert (code, said) == (2, f"error: {root} holds no run 'min'. Runs there: mine.\n")
+
+
+def test_a_run_whose_checkpoints_are_out_of_reach_is_submitted_all_the_same(runs, monkeypatch, capsys):
+    """Its job waits for their store."""
+    folder = runs("mine")
+
+    def away(store: object) -> int:
+        raise StoreUnavailable("s3://clips/mine: could not be reached")
+
+    monkeypatch.setattr(resume, "newest_step", away)
+    found = resume.examine(folder)
+    assert isinstance(found, resume.Unfinished) and found.steps is None
+    assert capsys.readouterr().out == "mine: s3://clips/mine: could not be reached\n"
+    assert call(monkeypatch, capsys, folder.parent, "--hold", "mine")[0] == 0
+    assert "held at step ? of 160" in call(monkeypatch, capsys, folder.parent)[1]
 
 
 def test_a_run_that_a_process_trains_and_a_copied_or_unknown_one_are_left_alone(runs, monkeypatch, capsys):

@@ -29,7 +29,8 @@ import torch
 
 from fvlm.data.parts import Reject
 from fvlm.data.schema import LatentDtype
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
+from fvlm.files import is_away
 
 LOOSE_FILES_A_PART = 128
 MAPPED_SAMPLES = 16
@@ -140,6 +141,8 @@ def open_file(path: Path) -> Opened:
     except OSError as error:
         if error.errno == errno.EINVAL:  # torch looked for the end of an archive before the start of the file
             raise Damaged("unreadable file", "it is cut short") from error
+        if is_away(error, path):
+            raise StoreUnavailable(f"{path}: the disk does not answer ({error.strerror}). Check the mount.") from error
         raise UserError(
             f"{path}: cannot be read ({error.strerror}). Mend that and run the same command again."
         ) from error

@@ -245,7 +245,8 @@ class BlockReader:
         except (UserError, StoreUnavailable) as error:
             del done[len(done) // step * step :]
             if self._pad:
-                done.append(_Decoded(str(error), "", 0.0, 0.0, AWAY if isinstance(error, StoreUnavailable) else ""))
+                for_s, kind = (error.for_s, AWAY) if isinstance(error, StoreUnavailable) else (0.0, "")
+                done.append(_Decoded(str(error), "", 0.0, for_s, kind))
             if done:
                 yield self._block(slot, done)
             if not self._pad:

@@ -18,6 +18,7 @@ import numpy as np
 
 from fvlm.data.schema import ResizePolicy
 from fvlm.data.video import RejectedVideo, read_clip
+from fvlm.errors import StoreUnavailable
 
 MEMORY_BYTES = 2 << 30
 """What such a process may take: 17 pictures of 8K in 10 bits fit, and it ends before the machine runs out."""
@@ -34,6 +35,8 @@ def read_clip_alone(
         raise RejectedVideo("crashed", f"reading it ends the process ({_end_of(done)})")
     header, _, pixels = done.stdout.partition(b"\n")
     answer = json.loads(header)
+    if "away" in answer:
+        raise StoreUnavailable(answer["away"])
     if "reason" in answer:
         raise RejectedVideo(answer["reason"], answer["detail"])
     frames = np.frombuffer(pixels, np.uint8).reshape(num_frames, frame_size, frame_size, 3)
@@ -54,6 +57,9 @@ def main() -> None:
         frames, source = read_clip(Path(path), int(num_frames), int(frame_size), resize)  # type: ignore[arg-type]
     except RejectedVideo as error:
         print(json.dumps({"reason": error.reason, "detail": error.detail}))
+        return
+    except StoreUnavailable as error:
+        print(json.dumps({"away": str(error)}))
         return
     sys.stdout.write(json.dumps({"source": source}) + "\n")
     sys.stdout.flush()

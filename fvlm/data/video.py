@@ -28,7 +28,8 @@ from fvlm.data.video_file import (
     scan_packets,
     shown_stream,
 )
-from fvlm.errors import UserError
+from fvlm.errors import StoreUnavailable, UserError
+from fvlm.files import away_is_unavailable, is_away
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_clip(path: Path, num_frames: int, frame_size: int, resize: ResizePolicy
     """
     check_file(path)
     check_kind(path)
-    with _rejects():
+    with _rejects(path):
         index, believed = _choose(path)
         video = _decode(path, index, believed, num_frames, frame_size, resize)
         if video.count < num_frames:
@@ -74,19 +75,31 @@ def read_clip(path: Path, num_frames: int, frame_size: int, resize: ResizePolicy
 
 
 @contextmanager
-def _rejects() -> Iterator[None]:
-    """Turn every error of the block into a RejectedVideo: one video never ends the work on the others."""
+def _rejects(path: Path) -> Iterator[None]:
+    """Turn every error of the block into a RejectedVideo: one video never ends the work on the others.
+
+    Raises StoreUnavailable: the disk is away, and would make rejects of all of them.
+    """
     try:
         yield
-    except (RejectedVideo, UserError):
+    except (RejectedVideo, UserError, StoreUnavailable):
         raise
     except MemoryError as error:  # FFmpeg's own as well
         raise RejectedVideo("unsupported", "decoding it takes more memory than there is") from error
     except av.FFmpegError as error:
         # FFmpeg's numbers are those of the system, but decoders use them freely: "Operation not permitted" is damage.
+        if isinstance(error, OSError) and is_away(error, path):
+            _read_through(path)
         raise RejectedVideo("damaged", f"FFmpeg cannot decode it ({error.strerror or error})") from error
     except Exception as error:
         raise RejectedVideo("failed", f"{type(error).__name__}: {error}") from error
+
+
+def _read_through(path: Path) -> None:
+    """Raises StoreUnavailable: the disk does not give the file, so it was no decoder that failed."""
+    with away_is_unavailable(path), path.open("rb") as file:
+        while file.read(1 << 20):
+            pass
 
 
 def _choose(path: Path) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from fvlm.data import matroska
+from fvlm.files import away_is_unavailable
 
 RejectReason = Literal["missing", "unreadable", "unsupported", "damaged", "too few frames", "failed", "crashed"]
 
@@ -67,7 +68,8 @@ class Scan:
 def check_file(path: Path) -> None:
     """Raise RejectedVideo when there is no such file ("missing"), or the system does not let one see ("unreadable")."""
     try:
-        mode = path.stat().st_mode
+        with away_is_unavailable(path):
+            mode = path.stat().st_mode
     except ValueError as error:  # a NUL in the name
         raise RejectedVideo("missing", "no such file") from error
     except OSError as error:
@@ -82,7 +84,7 @@ def check_file(path: Path) -> None:
 def check_kind(path: Path) -> None:
     """Raise RejectedVideo for what the first bytes show: no permission, an empty or cut file, another kind of file."""
     try:
-        with path.open("rb") as file:
+        with away_is_unavailable(path), path.open("rb") as file:
             head = file.read(4096)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
