@@ -30,11 +30,26 @@ LAYERS = {
     "batch": {"errors"},
     "ranks": set(),
     "wsl2": set(),
+    "proxies": set(),
+    "resources": set(),
     "model": {"errors", "files", "config", "batch", "ranks"},
     "data": {"errors", "files", "locks", "config", "batch"},
-    "train": {"errors", "files", "locks", "config", "presets", "batch", "ranks", "wsl2", "model", "data"},
+    "train": {
+        "errors",
+        "files",
+        "locks",
+        "config",
+        "presets",
+        "batch",
+        "ranks",
+        "wsl2",
+        "proxies",
+        "resources",
+        "model",
+        "data",
+    },
     "convert": {"errors", "files", "config", "presets", "batch", "model", "data", "train"},
-    "checks": {"errors", "files", "config", "batch", "wsl2", "model", "data", "train"},
+    "checks": {"errors", "files", "config", "batch", "wsl2", "resources", "model", "data", "train"},
 }
 
 
