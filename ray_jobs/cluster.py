@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import ray
 import ray.data
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # a compiled module
@@ -21,6 +20,7 @@ from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from fvlm.errors import UserError
 from fvlm.proxies import keep_loopback_direct
+from fvlm.resources import available_memory, usable_cpus
 
 GIB = 1 << 30
 OWN_FOLDER = "fvlm-ray-"
@@ -63,8 +63,8 @@ def connect(
             cleanup.enter_context(_token_authentication(folder))
             ray.init(
                 address="local",
-                num_cpus=num_cpus or os.cpu_count(),
-                object_store_memory=object_store_bytes or min(2 * GIB, int(0.3 * psutil.virtual_memory().available)),
+                num_cpus=num_cpus or usable_cpus(),
+                object_store_memory=object_store_bytes or min(2 * GIB, int(0.3 * available_memory())),
                 include_dashboard=dashboard,
                 log_to_driver=log_to_driver,
                 logging_level=logging.WARNING,
