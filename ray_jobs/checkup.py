@@ -18,7 +18,14 @@ from fvlm.checks.access import LocalCluster, look_at_cluster, look_at_hub, look_
 from fvlm.checks.disk import free_bytes, look_at_reading, look_at_writing
 from fvlm.checks.finding import Finding, gb, of_error
 from fvlm.checks.machine import Machine, look_at_machine
-from fvlm.checks.run import BYTES_OF_STATE, look_at_checkpoint_disk, look_at_import, look_at_run, parameters
+from fvlm.checks.run import (
+    BYTES_OF_STATE,
+    look_at_checkpoint_disk,
+    look_at_compiler,
+    look_at_import,
+    look_at_run,
+    parameters,
+)
 from fvlm.checks.software import look_at_gpus, look_at_software
 from fvlm.config import Config
 from fvlm.data.memory import IngestMemory
@@ -28,6 +35,7 @@ from fvlm.data.schema import Manifest
 from fvlm.data.storage import Storage
 from fvlm.errors import Unavailable, UserError
 from fvlm.model.hub import kept_architecture
+from fvlm.resources import usable_cpus
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import clips_of_a_rank, estimate, settle_memory
 from fvlm.train.spill import usable
@@ -68,6 +76,7 @@ def look(config: Config | None, step_s: float, machine: Machine, env: Mapping[st
         yield from look_at_gpus(machine)
     else:
         yield from look_at_gpus(machine, config.scale.device, config.scale.workers, config.train.precision == "bf16")
+        yield from look_at_compiler(config)
         manifest, memory, found = look_at_data(config)
         yield from found
         if manifest and config.eval.path:
@@ -173,7 +182,7 @@ def look_at_room(
         yield Finding("warn", "memory of the run", f"{text}; {gb(has.available)} are available now", cure)
     else:
         yield Finding("ok", "memory of the run", f"{text}; {gb(has.available)} are available")
-    cpus = os.cpu_count() or 1
+    cpus = usable_cpus(machine.root)
     if cpus < cpus_needed(config):
         text = f"{cpus} for {ranks} ranks and their decoding, which want {cpus_needed(config)}"
         yield Finding("warn", "CPUs", text, "They share them. --feed-test shows whether decoding keeps up.")

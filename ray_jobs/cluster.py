@@ -10,13 +10,13 @@ import socket
 import threading
 from collections.abc import Iterator
 
-import psutil
 import ray
 import ray.data
 from ray._private import ray_constants
 
 from fvlm.errors import UserError
 from fvlm.proxies import keep_loopback_direct
+from fvlm.resources import available_memory, usable_cpus
 from ray_jobs.embedded_cluster import embedded_cluster
 
 GIB = 1 << 30
@@ -59,11 +59,10 @@ def connect(
                 _join(address, log_to_driver)
                 cleanup.callback(ray.shutdown)
             else:
-                bytes_free = psutil.virtual_memory().available
                 cleanup.enter_context(
                     embedded_cluster(
-                        num_cpus or os.cpu_count() or 1,
-                        object_store_bytes or min(2 * GIB, int(0.3 * bytes_free)),
+                        num_cpus or usable_cpus(),
+                        object_store_bytes or min(2 * GIB, int(0.3 * available_memory())),
                         dashboard=dashboard,
                         log_to_driver=log_to_driver,
                     )

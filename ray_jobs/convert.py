@@ -25,7 +25,7 @@ import tyro
 
 from fvlm.convert.legacy_parts import Conversion
 from fvlm.convert.legacy_shards import find_layout, find_parts
-from fvlm.data import parts
+from fvlm.data import continuation, parts
 from fvlm.data.latents import SD_VAE
 from fvlm.data.schema import DatasetSpec, Manifest
 from fvlm.data.shards import check_shards
@@ -95,6 +95,8 @@ def convert(config: ConvertConfig) -> None:
     with unwritable_is_a_user_error(out):
         parts.check_begun(out, settings)
         manifest, converted = parts.completed(out), 0
+        if manifest:
+            continuation.tidy(out)
     if not manifest:
         _say_what_is_left_alone(src, files)
         _check_space(out, conversion, sources)
@@ -184,7 +186,7 @@ def _items(sources: list[list[Path]], indices: list[int]) -> list[dict[str, Any]
 
 def _convert_parts(config: ConvertConfig, conversion: Conversion, sources: list[list[Path]]) -> int:
     """Convert the parts that are not done yet. Returns their clips."""
-    todo = unfinished(config.out, len(sources))
+    todo = unfinished(config.out, range(len(sources)))
     if not todo:
         return 0
     work = functools.partial(_convert_part, conversion, config.out)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 import ray.data
 from ray.data import DataContext
@@ -38,6 +37,7 @@ from fvlm.data.plan import Plan
 from fvlm.data.read import AWAY, BlockReader, ClipReader, RawBatch, Window
 from fvlm.data.schema import Manifest
 from fvlm.errors import StoreUnavailable, UserError
+from fvlm.resources import total_memory
 
 TASK_WINDOWS = 32
 """Windows that one task of the decoding actor prepares; what a killed one has to decode again."""
@@ -68,8 +68,7 @@ def waiting_key(rank: int) -> bytes:
 def ingest_memory(config: Config, manifest: Manifest) -> IngestMemory:
     """What one rank's ingest may hold. Raises UserError with the numbers when that is too little."""
     reader = ClipReader.of_config(manifest, Plan.of_config(manifest, config), config)
-    machine = psutil.virtual_memory().total
-    return share_out(reader, config.scale.workers, parse_bytes(config.ingest_memory), machine)
+    return share_out(reader, config.scale.workers, parse_bytes(config.ingest_memory), total_memory())
 
 
 def store_needed(config: Config, memory: IngestMemory) -> int:

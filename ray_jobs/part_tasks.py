@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,11 +23,11 @@ AWAY_S = 600.0
 """How long a task waits for a network disk that is away, before the command ends with code 75."""
 
 
-def unfinished(out: Path, num_parts: int) -> list[int]:
-    """The parts that have no record yet. Says so when there are others."""
-    todo = [index for index in range(num_parts) if not parts.is_done(out, index)]
-    if len(todo) < num_parts:
-        print(f"continuing: {num_parts - len(todo)} of {num_parts} parts are done", flush=True)
+def unfinished(out: Path, indices: Sequence[int]) -> list[int]:
+    """Of these parts those that have no record yet. Says so when there are others."""
+    todo = [index for index in indices if not parts.is_done(out, index)]
+    if len(todo) < len(indices):
+        print(f"continuing: {len(indices) - len(todo)} of {len(indices)} parts are done", flush=True)
     return todo
 
 

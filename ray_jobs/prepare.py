@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shutil
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +21,11 @@ import ray
 import ray.data
 import tyro
 
-from fvlm.data import parts
+from fvlm.data import continuation, parts
 from fvlm.data.captions import Captions, Row
 from fvlm.data.latents import BlockTransform, LatentCodec, make_codec
 from fvlm.data.schema import DatasetSpec, Manifest
+from fvlm.data.shards import read_manifest
 from fvlm.data.tables import sha256_table
 from fvlm.errors import UserError
 from fvlm.files import unwritable_is_a_user_error
@@ -66,6 +69,9 @@ class PrepareConfig:
     """Rows of the captions table that make one shard, and the work of one task."""
     tasks: int = 0
     """Tasks at a time. 0: as many as there are CPUs (GPUs, for the VAE)."""
+    retry_missing: bool = False
+    """Of a finished dataset try again what was missing or unreadable, and rejected videos whose files have changed
+    since. What becomes a clip now is appended as further shards; runs that began before refuse the longer dataset."""
     address: str = ""
     """Address of a Ray cluster. Empty: RAY_ADDRESS, and where that is not set this machine alone."""
 
@@ -134,14 +140,23 @@ def prepare(config: PrepareConfig) -> None:
     with unwritable_is_a_user_error(out):
         parts.check_begun(out, settings)
         manifest = parts.completed(out)
-    if manifest:
+        if manifest:
+            continuation.tidy(out)
+    if manifest and config.retry_missing:
+        manifest = _retry(config, spec, captions, manifest)
+    elif manifest:
         print(f"{out}: complete already, nothing to do", flush=True)
+        if continuation.interrupted(manifest):
+            print("a continuation of it was interrupted: --retry-missing goes on with it", flush=True)
     else:
         with parts.exclusive(out):
             parts.begin(out, settings)
-            num_parts = -(-len(captions) // config.clips_per_shard)
-            _prepare_parts(config, spec, captions, num_parts)
-            manifest = parts.finish(out, spec, num_parts, config.captions)
+            rows = {
+                part: range(part * config.clips_per_shard, min((part + 1) * config.clips_per_shard, len(captions)))
+                for part in range(-(-len(captions) // config.clips_per_shard))
+            }
+            _prepare_parts(config, spec, captions, rows)
+            manifest = parts.finish(out, spec, len(rows), config.captions)
     _print_summary(manifest, time.monotonic() - started)
 
 
@@ -172,32 +187,67 @@ def _spec(config: PrepareConfig) -> DatasetSpec:
     )
 
 
-def _prepare_parts(config: PrepareConfig, spec: DatasetSpec, captions: Captions, num_parts: int) -> None:
+def _retry(config: PrepareConfig, spec: DatasetSpec, captions: Captions, manifest: Manifest) -> Manifest:
+    """The dataset, longer by what can be had now."""
+
+    def files_of(row: int) -> list[str]:
+        (found,) = captions.rows(row, row + 1)
+        return [] if found.refused else found.files
+
+    with parts.exclusive(config.out):
+        continuation.settle(config.out)
+        manifest = read_manifest(config.out)
+        going = continuation.begin(manifest, config.videos, files_of)
+        if going is None:
+            shutil.rmtree(config.out / parts.PARTS)
+            print(f"{config.out}: nothing of what it lacks can have changed", flush=True)
+            return manifest
+        rows: dict[int, Sequence[int]] = dict(going.parts(config.clips_per_shard))
+        print(f"{config.out}: {len(going.rows):,} rejected rows are tried again", flush=True)
+        _prepare_parts(config, spec, captions, rows)
+        longer = continuation.finish(manifest, going, config.clips_per_shard)
+    added = longer.num_clips - manifest.num_clips
+    print(f"{config.out}: {added:,} clips were added to {manifest.num_clips:,}", flush=True)
+    if added:
+        print("its fingerprint is another one: a run that began before goes on with a copy of it as it was", flush=True)
+    return longer
+
+
+def _prepare_parts(
+    config: PrepareConfig, spec: DatasetSpec, captions: Captions, rows: Mapping[int, Sequence[int]]
+) -> None:
+    """rows: part -> its rows of the table"""
     with unwritable_is_a_user_error(config.out):
-        todo = unfinished(config.out, num_parts)
+        todo = unfinished(config.out, list(rows))
     if not todo:
         return
     with connect(address=config.address or None):
-        follow(_results(config, spec, captions, todo), num_parts, num_parts - len(todo))
+        follow(_results(config, spec, captions, {part: rows[part] for part in todo}), len(rows), len(rows) - len(todo))
 
 
-def _items(config: PrepareConfig, captions: Captions, indices: list[int]) -> list[dict[str, Any]]:
-    """What `PartWorker` is given of each part of `indices`."""
+def _items(captions: Captions, rows: Mapping[int, Sequence[int]]) -> list[dict[str, Any]]:
+    """What `PartWorker` is given of each part."""
     items = []
-    for index in indices:
-        rows = captions.rows(index * config.clips_per_shard, (index + 1) * config.clips_per_shard)
-        items.append({"part": index, "rows": json.dumps([dataclasses.asdict(row) for row in rows])})
+    for index, numbers in rows.items():
+        found: list[Row] = []
+        if isinstance(numbers, range):
+            found = captions.rows(numbers.start, numbers.stop)
+        else:
+            for number in numbers:
+                found += captions.rows(number, number + 1)
+        items.append({"part": index, "rows": json.dumps([dataclasses.asdict(row) for row in found])})
     return items
 
 
-def _results(config: PrepareConfig, spec: DatasetSpec, captions: Captions, todo: list[int]) -> Rows:
-    """Run the parts `todo` on the cluster: a row of figures for each, as it is done.
+def _results(config: PrepareConfig, spec: DatasetSpec, captions: Captions, rows: Mapping[int, Sequence[int]]) -> Rows:
+    """Run these parts on the cluster: a row of figures for each, as it is done.
 
     The rows of a few parts at a time exist as Python objects and in Ray's store, however long the table is.
     """
-    step = max(1, ROWS_AT_ONCE // config.clips_per_shard)
+    step, todo = max(1, ROWS_AT_ONCE // config.clips_per_shard), list(rows)
     for first in range(0, len(todo), step):
-        yield from _run_parts(config, spec, _items(config, captions, todo[first : first + step]))
+        some = {part: rows[part] for part in todo[first : first + step]}
+        yield from _run_parts(config, spec, _items(captions, some))
 
 
 def _run_parts(config: PrepareConfig, spec: DatasetSpec, items: list[dict[str, Any]]) -> Rows:

@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -40,6 +41,10 @@ UPLOADED = ".rayignore"
 """Says what of PROJECT travels to the cluster; `ray job submit --working-dir .` reads it too."""
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+OUR_VARIABLES = (*ENVIRONMENT, "FVLM_JOB", COMMIT)
+SECRET_NAME = r"SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|APIKEY|PRIVATE|(^|_)(KEY|KEYS|PAT|AUTH|PWD|DSN)(_ID)?($|_)"
+MIN_SECRET_CHARS = 8
+"""Of a value that is looked for in others."""
 TRIES = 4
 RETRY_S = 2.0
 SILENT_S = 60.0
@@ -61,7 +66,8 @@ exist, as they are then, on the cluster's nodes.
 
 Token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN); cluster/local/start.sh prints the lines.
 W&B: WANDB_API_KEY or `wandb login` belong on the cluster's nodes, and so do the credentials of S3 or Google storage.
-Nothing of this shell's environment travels: whoever may list jobs can read what a job was given.
+Nothing of this shell's environment travels but what --env names: whoever may list jobs can read what a job was given,
+so a secret is refused there. A run does not remember it: what every start needs belongs on the nodes, too.
 """
 
 
@@ -75,7 +81,7 @@ def main() -> None:
     client = connect(own.address)
     with asking_for_token(client.get_address()):
         for left in reversed(range(TRIES)):
-            job = submit(client, config, training)
+            job = submit(client, config, training, own.env)
             print(f"{job}: submitted to {client.get_address()}\n{hints(client, job)}", flush=True)
             if own.no_wait:
                 return
@@ -98,7 +104,7 @@ def arguments(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest, which is ray_jobs.train's."""
     parser = argparse.ArgumentParser(
         prog="python -m ray_jobs.submit",
-        usage="%(prog)s PRESET [--key value ...] [--address URL] [--no-wait]",
+        usage="%(prog)s PRESET [--key value ...] [--address URL] [--no-wait] [--env KEY=VALUE ...]",
         description="Submit `python -m ray_jobs.train PRESET [--key value ...]` to a Ray cluster and follow it.\n"
         f"Presets: {', '.join(presets.PRESETS)}. `PRESET --help` lists the keys.",
         epilog=HELP,
@@ -108,11 +114,52 @@ def arguments(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--address", default=default_address(), metavar="URL", help="of the dashboard; %(default)s")
     parser.add_argument("--no-wait", action="store_true", help="return as soon as the job is submitted")
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a variable of the job's processes on all nodes, of this attempt alone; no secret; may be repeated",
+    )
     own, training = parser.parse_known_args(args)
+    own.env = variables(own.env)
     if not training or training[0] in ("-h", "--help"):
         parser.print_help()
         sys.exit(0 if training else 2)
     return own, training
+
+
+def variables(given: list[str]) -> dict[str, str]:
+    """["KEY=VALUE", ...] -> {KEY: VALUE}. Raises UserError, which holds no value: it is no such pair, one of ours, or a
+    secret: Ray keeps the variables of a job, shows them to whoever may list jobs, and writes them into its logs."""
+    found: dict[str, str] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
+            raise UserError(
+                f"--env {name if equals else '...'}: give KEY=VALUE, a variable's name and what it is to be."
+            )
+        if name in OUR_VARIABLES:
+            raise UserError(f"--env {name}: that variable is set by this command itself. Leave it out.")
+        secrets = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= MIN_SECRET_CHARS}
+        if is_secret(name) or any(secret in value for secret in secrets) or holds_password(value):
+            raise UserError(
+                f"--env {name}: it looks like a secret, and Ray would keep it with the job, show it to whoever may "
+                "list jobs and write it into logs. Set it on the cluster's nodes, before the cluster starts or in a file of "
+                "mode 600 (cluster/README.md)."
+            )
+        found[name] = value
+    return found
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable of this name is likely to hold one."""
+    return re.search(SECRET_NAME, name.upper()) is not None
+
+
+def holds_password(value: str) -> bool:
+    """https://user:password@host, also in the middle of a text."""
+    return re.search(r"://[^/\s:@]*:[^/\s@]+@", value) is not None
 
 
 def default_address() -> str:
@@ -171,8 +218,10 @@ def asking_for_token(address: str, more: str = "") -> Iterator[None]:
         ) from error
 
 
-def submit(client: JobSubmissionClient, config: Config, args: list[str]) -> str:
-    """Submit the next attempt of the run and return its submission id.
+def submit(
+    client: JobSubmissionClient, config: Config, args: list[str], env: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Submit the next attempt of the run and return its submission id. env: more variables of its processes
 
     Raises UserError when an attempt of the run is under way.
     """
@@ -184,11 +233,11 @@ def submit(client: JobSubmissionClient, config: Config, args: list[str]) -> str:
             known = metadata(config)
             # A node remembers for ten minutes that an environment could not be set up; so each has its own. W&B asks
             # for the commit, which the copy of the code no longer knows.
-            variables = ENVIRONMENT | {"FVLM_JOB": job, COMMIT: known.get("commit", "")}
+            ours = ENVIRONMENT | {"FVLM_JOB": job, COMMIT: known.get("commit", "")}
             return client.submit_job(
                 entrypoint=entrypoint(config, args),
                 submission_id=job,
-                runtime_env={"working_dir": str(PROJECT), "env_vars": variables},
+                runtime_env={"working_dir": str(PROJECT), "env_vars": {**env, **ours}},
                 metadata=known,
             )
         except RuntimeError:  # the id was taken a moment ago, or the cluster is not ready yet

@@ -34,6 +34,7 @@ from fvlm.config import Config
 from fvlm.data.corrupt import CorruptList
 from fvlm.data.schema import Manifest
 from fvlm.errors import StoreUnavailable, UserError
+from ray_jobs.failure_reason import reason
 from ray_jobs.ingest import cpus_needed, ingest_memory
 from ray_jobs.ledger import Ledger
 from ray_jobs.process_group import ProcessGroup
@@ -51,8 +52,6 @@ RAY_TRAIN = {
 }
 STORAGE = "ray"
 """Folder, in the run's, that Ray Train wants for its own notes. Nothing in it is ever read again."""
-LINE = 300
-"""Characters of a reason, at most."""
 Failure = ray.train.TrainingFailedError | ray.exceptions.RayError
 
 
@@ -241,19 +240,13 @@ def no_room(failure: BaseException) -> bool:
 
 
 def summary(failure: BaseException) -> str:
-    """One line: who failed, and the line that says why."""
+    """One line: who failed, and why."""
     if isinstance(failure, WorkerGroupError) and failure.worker_failures:
         rank, error = min(failure.worker_failures.items())
         return f"rank {rank} failed ({reason(error)})"
     if isinstance(failure, ray.exceptions.RayError):
         return f"Ray Train's controller died ({reason(failure)})"
     return reason(failure)
-
-
-def reason(error: BaseException) -> str:
-    """Ray says first what happened; an exception of our own code comes with its traceback, and says so last."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0 if isinstance(error, ray.exceptions.RayError) else -1].strip()[:LINE]}"
 
 
 def release_places() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ray
 
+from fvlm.checks.machine import Machine, require_processes
 from fvlm.config import Config
 from fvlm.convert.legacy_checkpoint import import_run
 from fvlm.data.corrupt import CorruptList
@@ -33,6 +34,7 @@ from fvlm.entry_point import Terminated
 from fvlm.errors import Damaged, UserError
 from fvlm.files import make_dirs, unwritable_is_a_user_error
 from fvlm.model.hub import Architecture, keep_architecture, require_pretrained
+from fvlm.resources import usable_cpus
 from fvlm.train.held_out import eval_clips
 from fvlm.train.memory import settle_batch
 from fvlm.train.run_folder import (
@@ -113,7 +115,9 @@ def settle(config: Config) -> Config:
 
 def cluster(config: Config, memory: IngestMemory) -> AbstractContextManager[None]:
     """The one that was named, or one on this machine, of the size that the run needs."""
-    return connect(max(os.cpu_count() or 1, cpus_needed(config)), store_needed(config, memory))
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        require_processes(Machine())
+    return connect(max(usable_cpus(), cpus_needed(config)), store_needed(config, memory))
 
 
 def run_feed_test(config: Config, test: FeedTest) -> bool:

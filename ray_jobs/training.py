@@ -45,6 +45,7 @@ from fvlm.train.sinks import JsonLines, Sink, TrainLog
 from fvlm.train.spill import GpuMemory, SlowdownWatch, slow_mock_step
 from fvlm.train.step import Step, compile_kind
 from fvlm.train.store import CheckpointStore
+from fvlm.train.wandb_choice import wandb_choice
 from fvlm.train.wandb_sink import Wandb
 from fvlm.wsl2 import is_wsl2
 from ray_jobs.agreement import StopAgreement
@@ -245,7 +246,9 @@ def make_sinks(config: Config, step: int, device: torch.device) -> list[Sink]:
     sinks: list[Sink] = [log, JsonLines(config.run_dir, step), RayMetrics(config.run_name)]
     if device.type == "cuda":
         sinks.append(SlowdownWatch(log.note, functools.partial(GpuMemory.now, device), is_wsl2()))
-    if config.log.wandb != "off":
+    choice = wandb_choice(config)
+    log.note(choice.said)
+    if choice.mode != "off":
         sinks.append(Wandb(config, log.note, [Path(file).parent for file in (fvlm.__file__, __file__)]))
     return sinks
 

@@ -24,7 +24,7 @@ from fvlm.hub_files import CONFIG, REFUSALS, TOKEN_CURE, ModelFiles, NotHere
 from fvlm.model.families import OPTIONS, make_module
 from fvlm.model.hub import Architecture, Part, kept_architecture, named_architecture, published_part
 from fvlm.model.weights import INDEX, PICKLES, WEIGHTS, require_weights
-from fvlm.train.sinks import wandb_mode
+from fvlm.train.wandb_choice import wandb_choice, wandb_key
 
 DEADLINE_S = 4.0
 PRIVATE = 0o600
@@ -128,19 +128,17 @@ def _unreachable(url: str) -> str:
 
 
 def look_at_wandb(config: Config) -> list[Finding]:
-    if config.log.wandb == "off":
-        return [Finding("ok", "W&B", "off")]
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    in_netrc = netrc.is_file() and "api.wandb.ai" in netrc.read_text()
-    key = "WANDB_API_KEY" if os.environ.get("WANDB_API_KEY") else str(netrc) if in_netrc else ""
-    found = look_at_secret("W&B", netrc) if in_netrc else []
-    if wandb_mode(config) == "offline":
-        why = "no key" if config.log.wandb == "auto" else "as --log.wandb says"
+    choice, key = wandb_choice(config), wandb_key()
+    value = choice.said.removeprefix("W&B: ")
+    if choice.mode == "off":
+        return [Finding("ok", "W&B", value)]
+    found = look_at_secret("W&B", Path(key)) if key and key != "WANDB_API_KEY" else []
+    if choice.mode == "offline":
         cure = f"`wandb sync {config.run_dir}/wandb/offline-*` sends it later; `wandb login` makes it online."
-        return [*found, Finding("note", "W&B", f"offline: {why}", cure)]
+        return [*found, Finding("note", "W&B", value, cure)]
     if not key:
         cure = "`wandb login`, or WANDB_API_KEY in the environment, or --log.wandb offline."
-        return [*found, Finding("FAIL", "W&B", "--log.wandb is online, and there is no key", cure)]
+        return [*found, Finding("FAIL", "W&B", f"{value}, and there is no key", cure)]
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = _host(url)
     if not answers(urlsplit(url).hostname or "", urlsplit(url).port or 443):

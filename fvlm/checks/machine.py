@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 from fvlm.checks.finding import Finding, gb
+from fvlm.errors import UserError
+from fvlm.resources import memory_limits, most_open_files, processes_left, usable_cpus
 from fvlm.wsl2 import is_wsl2
 
 WINDOWS_DRIVES = ("9p", "drvfs")
 """File systems through which WSL2 sees the drives of Windows."""
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "virtiofs", "fuse.sshfs", "ceph", "lustre")
 IN_MEMORY = ("tmpfs", "ramfs")
+FEWEST_PROCESSES, ENOUGH_PROCESSES = 300, 2000
+"""Processes and threads: with fewer a cluster of one machine does not come up; so many it may take."""
 FEWEST_OPEN_FILES = 4096
 """Below this Ray warns: each worker process costs the raylet several."""
 COMMIT_STRICTLY = 2
@@ -87,25 +90,8 @@ class Machine:
     def memory(self) -> Memory:
         known = {name: int(kb) << 10 for name, kb in re.findall(r"(\w+):\s+(\d+) kB", self.read("proc/meminfo"))}
         total, available = known.get("MemTotal", 0), known.get("MemAvailable", 0)
-        limits = [limit for limit in self._memory_limits() if limit < total]
+        limits = [limit for limit in memory_limits(self.root) if limit < total]
         return Memory(total, min([available, *limits]), min(limits, default=None))
-
-    def _memory_limits(self) -> list[int]:
-        """Of the control groups that this process is in, and of those above them (versions 1 and 2)."""
-        found = []
-        for line in self.read("proc/self/cgroup").splitlines() or ["0::/"]:
-            number, controllers, path = line.split(":", 2)
-            if number == "0":
-                base, name = "sys/fs/cgroup", "memory.max"
-            elif "memory" in controllers.split(","):
-                base, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            else:
-                continue
-            group = Path(path)
-            for above in (group, *group.parents):
-                text = self.read(f"{base}/{str(above).strip('/')}/{name}").strip()
-                found += [int(text)] if text.isdigit() else []
-        return found
 
     def nvidia_gpus(self) -> list[str]:
         """Device nodes of NVIDIA GPUs; WSL2 has one for all, and tells by the driver's library that it is NVIDIA's."""
@@ -123,7 +109,10 @@ def _plain(text: str) -> str:
 def look_at_machine(machine: Machine) -> list[Finding]:
     """Kernel, memory, limits."""
     memory, found = machine.memory(), []
-    system = f"Linux {machine.kernel}, {os.cpu_count()} CPUs"
+    cpus, all_cpus = usable_cpus(machine.root), os.cpu_count() or 1
+    system = f"Linux {machine.kernel}, {all_cpus} CPUs"
+    if cpus < all_cpus:
+        system += f", of which this process may use {cpus}"
     if machine.is_wsl2:
         found.append(
             Finding(
@@ -141,10 +130,33 @@ def look_at_machine(machine: Machine) -> list[Finding]:
     return found + _limits(machine)
 
 
+def look_at_processes(machine: Machine) -> list[Finding]:
+    """Nothing where there is room for Ray's processes and their threads."""
+    left = processes_left(machine.root)
+    if left is None or left >= ENOUGH_PROCESSES:
+        return []
+    return [
+        Finding(
+            "FAIL" if left < FEWEST_PROCESSES else "warn",
+            "processes",
+            f"{left} more processes and threads may be started here; a run takes hundreds, with many CPUs thousands",
+            "Raise `ulimit -u` (/etc/security/limits.conf), TasksMax of the unit, --pids-limit in Docker, or "
+            "podPidsLimit in Kubernetes.",
+        )
+    ]
+
+
+def require_processes(machine: Machine) -> None:
+    """Raises UserError where a cluster of this machine could not come up: it would hang, or die without a word."""
+    for finding in look_at_processes(machine):
+        if finding.level == "FAIL":
+            raise UserError(f"{finding.value}. {finding.cure}")
+
+
 def _limits(machine: Machine) -> list[Finding]:
     found = []
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # Ray raises its own to this
-    if hard != resource.RLIM_INFINITY and hard < FEWEST_OPEN_FILES:
+    hard = most_open_files()  # Ray raises its own limit to this
+    if hard is not None and hard < FEWEST_OPEN_FILES:
         found.append(
             Finding(
                 "warn",
@@ -153,6 +165,7 @@ def _limits(machine: Machine) -> list[Finding]:
                 "LimitNOFILE=65536 in its unit, `--ulimit nofile=65536` in Docker, or /etc/security/limits.conf.",
             )
         )
+    found += look_at_processes(machine)
     if machine.read("proc/sys/vm/overcommit_memory").strip() == str(COMMIT_STRICTLY):
         found.append(
             Finding(

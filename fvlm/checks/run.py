@@ -19,6 +19,7 @@ from fvlm.files import file_error
 from fvlm.model.hub import Architecture, build_model, kept_architecture
 from fvlm.train.run_folder import CONFIG, TOKENIZER, changes_since, has_progress, read_began
 from fvlm.train.run_report import LastStart, RunReport, is_locked, report
+from fvlm.train.step import compile_kind, require_compiler
 from fvlm.train.store import checkpoint_store, is_milestone, newest_step
 
 BYTES_OF_STATE = 12
@@ -93,6 +94,19 @@ def _position(config: Config, done: int, found: RunReport) -> Finding:
         cure = "There is nothing to do; --train.max-steps trains on, --run begins another one."
         return Finding("note", what, f"finished, {steps}", cure)
     return Finding("ok", what, f"goes on after {steps}" if done else f"begins at step 0 in {config.run_dir}")
+
+
+def look_at_compiler(config: Config) -> list[Finding]:
+    """What torch.compile needs; nothing where the run, as this machine would train it, compiles nothing."""
+    on_gpu = config.scale.device != "cpu" and torch.cuda.is_available()
+    device = "cuda" if on_gpu or config.scale.device == "cuda" else "cpu"
+    if compile_kind(config, torch.device(device)) == "off":
+        return []
+    try:
+        require_compiler(config, device)
+    except UserError as error:
+        return [of_error("compiler", error)]
+    return [Finding("ok", "compiler", f"train.compile {config.train.compile} has what it needs")]
 
 
 def look_at_checkpoint_disk(config: Config, machine: Machine, latent_shape: tuple[int, int, int]) -> list[Finding]:

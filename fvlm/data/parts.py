@@ -247,11 +247,8 @@ def is_done(root: Path, index: int) -> bool:
 
 
 def completed(root: Path) -> Manifest | None:
-    """The finished dataset, or None. A stop right after the manifest leaves `_parts`; it goes now."""
-    if not (root / MANIFEST).exists():
-        return None
-    shutil.rmtree(root / PARTS, ignore_errors=True)
-    return read_manifest(root)
+    """The finished dataset, or None. What a stop right after the manifest leaves: `continuation.tidy`."""
+    return read_manifest(root) if (root / MANIFEST).exists() else None
 
 
 def finish(root: Path, spec: DatasetSpec, num_parts: int, source: Path, unit: str = "rows") -> Manifest:
@@ -269,13 +266,17 @@ def finish(root: Path, spec: DatasetSpec, num_parts: int, source: Path, unit: st
             f"{source}: none of its {len(rejects)} {unit} became a clip: {reasons} "
             f"(the first: {rejects[0].clip_id or 'row 0'}: {rejects[0].detail})."
         )
-    lines = [json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
     with unwritable_is_a_user_error(root):
         _sweep(root)
-        write_atomic(root / REJECTS, "".join(lines))
+        write_atomic(root / REJECTS, reject_lines(rejects))
         manifest = write_manifest(root, spec, files, len(rejects))
         shutil.rmtree(root / PARTS)
     return manifest
+
+
+def reject_lines(rejects: Iterable[Reject]) -> str:
+    """The text of rejects.jsonl."""
+    return "".join(json.dumps(dataclasses.asdict(reject), ensure_ascii=False) + "\n" for reject in rejects)
 
 
 def discard(root: Path) -> None:

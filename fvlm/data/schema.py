@@ -3,7 +3,8 @@
 A dataset is a folder:
 
     manifest.json    DatasetSpec, counts, SHA-256 of files.parquet; written last: without it a folder is no dataset
-    files.parquet    one row a shard: name, rows, bytes, SHA-256
+    files.parquet    one row a shard: name, rows, bytes, SHA-256; of a dataset that was continued (`continuation.py`)
+                     files-<hash>.parquet, which manifest.json names
     rejects.jsonl    what the preparation could not use, and why
     shard-*.parquet  one row a clip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,8 @@ from fvlm.files import TEMPORARY, fsync_dir, fsync_file, sha256_file, unwritable
 FOOTERS_CHECKED_AT_START = 64
 """A start opens at most this many shards, evenly spread; every shard is checked again when it is first read."""
 REMOTE_FOOTERS_CHECKED_AT_START = 8
+LIST_OF_SHARDS = r"files(-[0-9a-f]{16})?\.parquet"
+"""Names that a manifest may give its list; one without a name for it means FILES."""
 
 
 class ShardWriter:
@@ -117,8 +120,14 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def write_manifest(root: Path, spec: DatasetSpec, files: Sequence[ShardFile], rejected: int) -> Manifest:
-    """Make `root` a dataset: files.parquet first, manifest.json, which vouches for it, last."""
+def write_manifest(
+    root: Path, spec: DatasetSpec, files: Sequence[ShardFile], rejected: int, rejects_sha256: str = ""
+) -> Manifest:
+    """Make `root` a dataset: files.parquet first, manifest.json, which vouches for it, last.
+
+    rejects_sha256: of the new rejects.jsonl of a dataset that is there already and gets longer. Its list of shards has
+    a name of its own then, so that the old manifest stays true until the new one is there.
+    """
     rows = [(f.name, f.rows, f.bytes, f.sha256) for f in files]
     table = pa.table(
         [pa.array(list(column), kind) for column, kind in zip(zip(*rows, strict=True), FILES_SCHEMA.types, strict=True)]
@@ -129,15 +138,17 @@ def write_manifest(root: Path, spec: DatasetSpec, files: Sequence[ShardFile], re
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
-    write_atomic(root / FILES, content)
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"files-{digest[:16]}.parquet" if rejects_sha256 else FILES
+    write_atomic(root / name, content)
     summary = {
         "spec": spec.to_json(),
         "clips": sum(f.rows for f in files),
         "shards": len(files),
         "bytes": sum(f.bytes for f in files),
         "rejected": rejected,
-        "files_sha256": hashlib.sha256(content).hexdigest(),
-    }
+        "files_sha256": digest,
+    } | ({"files": name, "rejects_sha256": rejects_sha256} if rejects_sha256 else {})
     write_atomic(root / MANIFEST, json.dumps(summary, indent=2) + "\n")
     return read_manifest(root)
 
@@ -148,7 +159,7 @@ def read_manifest(root: Path | str) -> Manifest:
     Raises UserError when there is none, when its manifest is damaged or not ours, or when it cannot be reached.
     """
     storage = Storage(str(root))
-    where, files_where = storage.locate(MANIFEST), storage.locate(FILES)
+    where = storage.locate(MANIFEST)
     try:
         text = storage.read_bytes(MANIFEST)
     except Damaged as error:
@@ -160,10 +171,13 @@ def read_manifest(root: Path | str) -> Manifest:
     try:
         raw = json.loads(text)
         spec_raw, files_sha256, rejected = raw["spec"], raw["files_sha256"], raw["rejected"]
+        name = raw.get("files", FILES)
+        if re.fullmatch(LIST_OF_SHARDS, name) is None:
+            raise ValueError(f"files is {name!r:.60}")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: damaged ({type(error).__name__}: {error}). Prepare the dataset again.") from error
     spec = DatasetSpec.from_json(spec_raw, where)
-    content = storage.read_bytes(FILES)
+    files_where, content = storage.locate(name), storage.read_bytes(name)
     if hashlib.sha256(content).hexdigest() != files_sha256:
         raise UserError(f"{files_where}: its SHA-256 is not the one in {MANIFEST}. Restore both from one copy.")
     files = pq.read_table(pa.BufferReader(content))

@@ -10,9 +10,8 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TextIO
+from typing import Protocol, TextIO
 
-from fvlm.config import Config
 from fvlm.files import no_space_is_a_user_error, write_atomic
 from fvlm.train.metrics import Row, evaluation_line, log_line
 from fvlm.train.step_lines import StepLines
@@ -108,12 +107,3 @@ def wandb_id(run_dir: Path) -> str:
     if not path.exists():
         write_atomic(path, os.urandom(4).hex() + "\n")
     return path.read_text().strip()
-
-
-def wandb_mode(config: Config) -> Literal["online", "offline"]:
-    """ "auto": online where there is a key, offline (to be synced later) where there is none."""
-    if config.log.wandb in ("online", "offline"):
-        return config.log.wandb
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    logged_in = netrc.is_file() and "api.wandb.ai" in netrc.read_text()
-    return "online" if os.environ.get("WANDB_API_KEY") or logged_in else "offline"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fvlm.model.blocks import Blocks
 from fvlm.model.foveated import FoveatedVLM
 from fvlm.model.objective import Losses, Trained, compute_losses, read_losses, trained_losses
 from fvlm.ranks import world_size
+from fvlm.resources import missing_for_compiling
 from fvlm.train.cuda_graphs import RecordedLosses
 from fvlm.train.metrics import Scalars
 from fvlm.train.optim import learning_rate, parameters_of, update
@@ -61,6 +63,7 @@ def make_losses(config: Config, model: FoveatedVLM) -> functools.partial[Losses]
     recorded = is_recorded(config, device)
     kind = compile_kind(config, device)
     if kind != "off":
+        require_compiler(config, device.type)
         # Read by torch whenever it compiles; what lies there already is keyed by code, shapes, torch and chip.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.train.compile_cache).expanduser()))
         # Lengths of captions times steps with readings and without: more than the eight that torch allows by default.
@@ -82,6 +85,17 @@ def compile_kind(config: Config, device: torch.device) -> str:
     if config.train.compile == "auto":
         return "layers" if device.type == "cuda" else "off"
     return config.train.compile
+
+
+def require_compiler(config: Config, device: str) -> None:
+    """Raises UserError where compilation would fail for want of a compiler. What was compiled before needs none."""
+    cache = Path(config.train.compile_cache).expanduser()
+    missing = missing_for_compiling(device)
+    if missing and not (cache.is_dir() and any(cache.iterdir())):
+        raise UserError(
+            f"--train.compile {config.train.compile} needs {missing} on every node that trains, and {platform.node()} "
+            "has none. Install it (Debian: apt install g++ python3-dev), or use --train.compile off."
+        )
 
 
 def is_recorded(config: Config, device: torch.device) -> bool:

@@ -11,13 +11,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
 from fvlm.config import Config
+from fvlm.proxies import keep_loopback_direct
 from fvlm.train.metrics import Row
-from fvlm.train.sinks import Picture, wandb_id, wandb_mode
+from fvlm.train.sinks import Picture, wandb_id
+from fvlm.train.wandb_choice import Mode, wandb_choice
 
 COMMIT = "FVLM_COMMIT"
 """Environment variable: what code runs, where that is a copy without .git, as a job's is."""
@@ -52,6 +54,7 @@ class Wandb:
 
     def __init__(self, config: Config, note: Callable[[str], None], code: Sequence[Path] = ()):
         self._config, self._note, self._code = config, note, code
+        self._choice = wandb_choice(config)
         self._id = wandb_id(config.run_dir)  # now: checkpoints tell it
         self._next = 0
         """W&B takes no step before this one."""
@@ -122,7 +125,7 @@ class Wandb:
 
     def _begin(self) -> Any:
         """W&B's run; None where none can be had."""
-        mode, run = wandb_mode(self._config), None
+        mode, run = self._choice.mode, None
         try:
             try:
                 run = self._init(mode)
@@ -139,20 +142,22 @@ class Wandb:
             self._news.put(f"W&B: {describe(error)}. Training goes on{'' if run else ' without it'}")
         return run
 
-    def _init(self, mode: Literal["online", "offline"]) -> Any:
+    def _init(self, mode: Mode) -> Any:
         folder = self._config.run_dir
         # Copies of what is to be sent belong to the run: they are needed as long as its offline files.
+        keep_loopback_direct()  # a server of W&B's on this machine
         os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
         import wandb  # heavy, and not wanted with --log.wandb off
 
         with own_argv():
             return wandb.init(
-                project=self._config.log.wandb_project,
+                project=self._choice.project,
+                entity=self._choice.entity,
                 name=self._config.run_name,
                 id=self._id,
                 resume="allow",
                 dir=str(folder),
-                mode=mode,
+                mode="offline" if mode == "offline" else "online",
                 settings=wandb.Settings(
                     console="off",
                     silent=True,
@@ -170,7 +175,7 @@ class Wandb:
         run.define_metric("eval/*", step_metric="eval/step")
         run.config.update(self._config.to_dict() | {"commit": code_version(self._code)}, allow_val_change=True)
         for package in self._code:
-            run.log_code(str(package), name=f"source-{self._config.log.wandb_project}-{package.name}")
+            run.log_code(str(package), name=f"source-{self._choice.project}-{package.name}")
 
     def _log(self, run: Any, entry: Entry) -> None:
         import wandb
