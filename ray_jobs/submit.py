@@ -145,8 +145,8 @@ def variables(given: list[str]) -> dict[str, str]:
         if is_secret(name) or any(secret in value for secret in secrets) or holds_password(value):
             raise UserError(
                 f"--env {name}: it looks like a secret, and Ray would keep it with the job, show it to whoever may "
-                "list jobs and write it into logs. Set it on the cluster's nodes, before the cluster starts or in a file of "
-                "mode 600 (cluster/README.md)."
+                "list jobs and write it into logs. Set it on the cluster's nodes, before the cluster starts or in a "
+                "file of mode 600 (cluster/README.md)."
             )
         found[name] = value
     return found
