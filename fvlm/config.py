@@ -331,6 +331,11 @@ def validate(config: Config) -> Config:
         f"Values that do: {_divisors(data.global_batch)}.",
     )
     _require(
+        data.max_caption_tokens > 1 or config.objective.caption_start,
+        "--data.max-caption-tokens is 1: without a start token (--objective.no-caption-start) the first token of a "
+        "caption is never trained, so nothing would be. Use 2 or more, or --objective.caption-start.",
+    )
+    _require(
         data.lanes % workers == 0,
         f"--scale.workers {workers} does not divide --data.lanes {data.lanes}, so the ranks could not share the lanes "
         f"evenly. Numbers of workers that do: {_divisors(data.lanes)}.",

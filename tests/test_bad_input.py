@@ -314,6 +314,12 @@ def test_a_language_model_that_cannot_be_had_leaves_no_run_behind(refusal, good,
     require(message, f"--model.language '{absent}'", "neither a local folder nor reachable on the hub")
 
 
+def test_captions_of_one_token_without_a_start_token_are_refused(refusal, good):
+    message = refusal(good, "--data.max-caption-tokens", "1", "--objective.no-caption-start")
+    require(message, "--data.max-caption-tokens is 1", "Use 2 or more, or --objective.caption-start")
+    assert parse(arguments(good, Path("runs"), "--data.max-caption-tokens", "1")).data.max_caption_tokens == 1
+
+
 def test_an_absent_checkpoint_to_import_leaves_no_run_behind(refusal, good, tmp_path):
     absent = str(tmp_path / "latest.pt")
     require(refusal(good, "--import-checkpoint", absent), absent)

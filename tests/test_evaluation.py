@@ -25,6 +25,7 @@ from fvlm.data.collate import Collator
 from fvlm.data.latents import BlockTransform, from_bits
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import read_manifest
+from fvlm.data.text import CaptionTokenizer
 from fvlm.errors import Damaged, UserError
 from fvlm.model.objective import compute_losses
 from fvlm.train import evaluation
@@ -151,6 +152,31 @@ def test_the_watch_over_hanging_ranks_is_told_of_every_batch_and_of_the_drawing(
 
     Evaluation(make_run(config), clips, tokenizer(), 0, [Sink()], decode, long).after_step(2, {})  # type: ignore
     assert len(told) == 3 + 2 and not entered  # the batches, the end of them, the drawing
+
+
+def test_a_model_that_was_never_trained_to_begin_or_to_end_is_given_the_beginning_and_cut_at_the_end(data, tmp_path):
+    config = config_of(tmp_path, data / "held-out", max_steps=2)
+    config = dataclasses.replace(
+        config,
+        objective=dataclasses.replace(config.objective, caption_start=False),
+        data=dataclasses.replace(config.data, train_eos=False),
+    )
+    clips = eval_clips(config, training(data))
+    texts: list[str] = []
+
+    class Sink:
+        def evaluated(self, row, pictures):
+            texts.extend(picture.caption for picture in pictures)
+
+    tokens = CaptionTokenizer(tokenizer().tokenizer, 12, train_eos=False)
+    Evaluation(make_run(config), clips, tokens, 0, [Sink()], decoding(clips)).after_step(2, {})  # type: ignore
+    assert len(texts) == CLIPS
+    for text in texts:
+        _, true, said = text.splitlines()
+        heading, words = said.split(": ")
+        assert heading == "model (first token given, cut at the true length)"
+        true_words = true.removeprefix("true: ").split()
+        assert words.split()[0] == true_words[0] and len(words.split()) <= len(true_words)
 
 
 # ---- nothing changes

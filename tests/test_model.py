@@ -13,7 +13,7 @@ from fvlm.config import ModelConfig, ObjectiveConfig
 from fvlm.errors import UserError
 from fvlm.model.generate import gaze, generate_captions
 from fvlm.model.hub import build_model
-from fvlm.model.objective import compute_losses
+from fvlm.model.objective import caption_sequence, compute_losses, passes, target_labels
 
 LATENT = (4, 7, 7)
 TINY = presets.demo().model
@@ -75,6 +75,46 @@ def test_a_caption_that_was_learnt_by_heart_is_generated_again():
         optimizer.zero_grad()
     (said,) = generate_captions(model, batch.frames, objective, max_tokens=6, eos_id=0)
     assert said == batch.caption_ids[0].tolist()
+
+
+def greedy(model, frames, start_11E, tokens: int) -> list[int]:
+    """Token by token, the whole sequence anew each time, through transformers' own forward pass."""
+    *_, last = passes(model, model.encode(frames), model.decoder_layers(), 1, frames.shape[1], 1)
+    sequence, said = torch.cat([model.fine_token, last.z_BTE, start_11E], dim=1), []
+    for _ in range(tokens):
+        said.append(int(model.llm(inputs_embeds=sequence).logits[0, -1].argmax()))
+        sequence = torch.cat([sequence, model.embed(torch.tensor([said[-1:]]))], dim=1)
+    return said
+
+
+@torch.no_grad()
+def test_captions_are_prompted_as_they_were_trained():
+    """With a start token from it; without one from the true first token, which no position was trained to predict."""
+    model, batch = tiny_model().eval(), tiny_batch(b=1)
+    first = batch.caption_ids[:, :1]
+    wanted = greedy(model, batch.frames, model.video_end_token, 5)
+    objective = ObjectiveConfig(fine_iterations=1)
+    assert generate_captions(model, batch.frames, objective, 5, eos_id=-1) == [wanted]
+    without = dataclasses.replace(objective, caption_start=False)
+    wanted = [int(first), *greedy(model, batch.frames, model.embed(first), 4)]
+    assert generate_captions(model, batch.frames, without, 5, -1, first) == [wanted]
+    with pytest.raises(ValueError, match="has to be given the first token"):
+        generate_captions(model, batch.frames, without, 5, eos_id=-1)
+
+
+@pytest.mark.parametrize("caption_start", [True, False])
+@torch.no_grad()
+def test_every_token_of_a_caption_that_is_said_is_the_likeliest_where_training_would_predict_it(caption_start):
+    model, batch = tiny_model().eval(), tiny_batch(b=1)
+    objective = ObjectiveConfig(fine_iterations=1, caption_start=caption_start)
+    (said,) = generate_captions(model, batch.frames, objective, 6, -1, batch.caption_ids[:, :1])
+    ids = torch.tensor([said])
+    *_, last = passes(model, model.encode(batch.frames), model.decoder_layers(), 1, batch.frames.shape[1], 1)
+    sequence = caption_sequence(model, last, model.embed(ids), objective)
+    (hidden,) = model.read(model.decoder_layers(), sequence)
+    labels = target_labels(ids, objective)
+    predicted = model.llm.lm_head(hidden[:, -labels.shape[1] - 1 : -1]).argmax(-1)
+    assert torch.equal(predicted, labels)
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=presets.PRESETS)

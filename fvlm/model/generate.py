@@ -15,23 +15,40 @@ from fvlm.ranks import world_size
 
 @torch.no_grad()
 def generate_captions(
-    model: FoveatedVLM, frames_BTHW3: torch.Tensor, config: ObjectiveConfig, max_tokens: int, eos_id: int
+    model: FoveatedVLM,
+    frames_BTHW3: torch.Tensor,
+    config: ObjectiveConfig,
+    max_tokens: int,
+    eos_id: int,
+    first_B1: torch.Tensor | None = None,
 ) -> list[list[int]]:
-    """Greedy captions from the last fine tokens: token ids a clip, without the end token. frames: uint8."""
+    """Greedy captions from the last fine tokens: at most `max_tokens` ids a clip, without the end token.
+
+    frames: uint8
+    first:  ids of the true captions' first tokens, wanted where `config.caption_start` is false: such a model was never
+            trained to say one, so it is given, and what is said begins with it
+    """
     b, t = frames_BTHW3.shape[:2]
     layers = model.decoder_layers()
     *_, last = passes(model, model.encode(frames_BTHW3), layers, b, t, config.fine_iterations)
-    prefix = torch.cat([p.expand(b, -1, -1) for p in (model.fine_token, last.z_BTE, model.video_end_token)], dim=1)
+    start: torch.Tensor = model.video_end_token
+    given: list[list[int]] = [[] for _ in range(b)]
+    if not config.caption_start:
+        if first_B1 is None:
+            raise ValueError("a model that was trained without caption_start has to be given the first token")
+        start, given = model.embed(first_B1), first_B1.tolist()
+    prefix = model.sequence(model.fine_token, last.z_BTE, start)
     ids = model.llm.generate(
         inputs_embeds=prefix,
         attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
-        max_new_tokens=max_tokens,
+        max_new_tokens=max_tokens - len(given[0]),
         do_sample=False,
         eos_token_id=eos_id,
         pad_token_id=eos_id,
         synced_gpus=world_size() > 1,  # where ranks share the layers, none may be done before the others
     )
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in ids.tolist()]
+    rows = [before + row for before, row in zip(given, ids.tolist(), strict=True)]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
 
 @torch.no_grad()

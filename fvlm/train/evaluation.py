@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fvlm.batch import Batch
+from fvlm.batch import IGNORE, Batch
 from fvlm.config import Config, ObjectiveConfig
 from fvlm.data.collate import Collator
 from fvlm.data.corrupt import CorruptClip
@@ -145,9 +145,7 @@ class Evaluation:
             return []
         coarse, fine = gaze(model, batch.frames, config.objective)
         predicted = predict_latents(model, batch.frames, batch.latents, config.objective)
-        said = generate_captions(
-            model, batch.frames, config.objective, config.data.max_caption_tokens, self._tokenizer.eos_id
-        )
+        said = self._captions(batch)
         first = self._rank * len(said)
         return [
             ClipView(
@@ -164,6 +162,23 @@ class Evaluation:
             for i in range(min(len(said), config.eval.pictures - first))
         ]
 
+    def _captions(self, batch: Batch) -> list[list[int]]:
+        """What the model says of each clip, prompted as it was trained (`caption_heading` tells people how)."""
+        config = self._run.config
+        first = None if config.objective.caption_start else batch.caption_ids[:, :1]
+        said = generate_captions(
+            self._run.model,
+            batch.frames,
+            config.objective,
+            config.data.max_caption_tokens,
+            self._tokenizer.eos_id,
+            first,
+        )
+        if config.data.train_eos:
+            return said
+        true_lengths = (batch.labels != IGNORE).sum(1).tolist()
+        return [ids[:length] for ids, length in zip(said, true_lengths, strict=True)]
+
     def _draw(self, step: int, views: list[ClipView]) -> list[Picture]:
         """Raises UserError: the disk is full."""
         folder = self._run.config.run_dir / PICTURES
@@ -172,7 +187,7 @@ class Evaluation:
             lines = [
                 f"step {step}, {self._clips.kind} {view.clip_id}",
                 textwrap.shorten(f"true: {view.caption}", LINE),
-                textwrap.shorten(f"model: {view.said}", LINE),
+                textwrap.shorten(f"{caption_heading(self._run.config)}: {view.said}", LINE),
             ]
             folder.mkdir(exist_ok=True)
             path = folder / f"step-{step:08d}-{number}.png"
@@ -187,6 +202,13 @@ class Evaluation:
                 if clip.error not in self._known_damage:
                     sink.note(f"evaluation: damaged, clip {clip.replaced_by!r} stands in for it: {clip.error}")
         self._known_damage |= {clip.error for clip in replaced}
+
+
+def caption_heading(config: Config) -> str:
+    """What stands before a caption of the model: what of it is not its own."""
+    notes = [] if config.objective.caption_start else ["first token given"]
+    notes += [] if config.data.train_eos else ["cut at the true length"]  # it was not trained to end
+    return f"model ({', '.join(notes)})" if notes else "model"
 
 
 class Means:

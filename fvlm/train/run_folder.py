@@ -4,6 +4,7 @@ config.json   the whole config, and the fingerprint of the dataset, as the run b
 command.json  the options of its last start      held          it was stopped on purpose
 lock, claim   who trains it, who may write       stacks/       of ranks that hung, until the next start
 train.log     metrics.jsonl, a line a step       evals.jsonl    pictures/      one line, and pictures, an evaluation
+architecture.json  of both models, as the run began: fvlm.model.hub
 tokenizer/    skipped.jsonl   corrupt.jsonl   samples/   wandb_id   wandb/   checkpoints/   saved (where they are, when
                                                                                     that is elsewhere)
 """
