@@ -223,7 +223,7 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("hidden", ["runs", "kept", "data"])
 def test_a_node_with_a_disk_of_its_own_at_that_place_ends_the_command_and_is_named(nodes, tmp_path, hidden) -> None:
     write_dataset(tmp_path / "data", clips=26)
@@ -234,7 +234,7 @@ def test_a_node_with_a_disk_of_its_own_at_that_place_ends_the_command_and_is_nam
     training = Training(nodes, tmp_path / "data", tmp_path / "runs", "run", {"train.checkpoint-dir": tmp_path / "kept"})
     begin = time.monotonic()
     training.start()
-    assert training.process.wait(240) == 2, training.output
+    assert training.process.wait(400) == 2, training.output
     option = {"runs": "--runs-dir", "kept": "--train.checkpoint-dir", "data": "--data.path"}[hidden]
     assert re.search(rf"error: node \S+ \({nodes.address(1)}\): {tmp_path}/{hidden}\S* \({option}\) ", training.output)
     print(f"{time.monotonic() - begin:.0f} s")
