@@ -160,6 +160,8 @@ def file_error_in(error: BaseException) -> UserError | StoreUnavailable | None:
 
 def _whose(path: str) -> str:
     """ "It belongs to user NAME. ", of the nearest thing that is there; "" for our own."""
+    if not hasattr(os, "getuid"):  # Windows
+        return ""
     for place in (Path(path), *Path(path).parents):
         try:
             owner = place.stat().st_uid

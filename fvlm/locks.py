@@ -102,6 +102,7 @@ def _acquire(path: Path, busy: str) -> tuple[IO[bytes], str]:
 
 def _try(path: Path) -> tuple[IO[bytes] | None, str]:
     """-> the open file that holds the lock, None where another one has it; and a note for people."""
+    is_new = not path.exists()
     file = path.open("ab")
     try:
         # Of a file that its last holder has removed meanwhile nobody else would see the lock.
@@ -113,7 +114,12 @@ def _try(path: Path) -> tuple[IO[bytes] | None, str]:
         file.close()
         if error.errno not in NO_LOCKS:
             raise
-        return _try_substitute(path, error), _note(path, error)
+        try:
+            return _try_substitute(path, error), _note(path, error)
+        except UserError:
+            if is_new:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def _is_there(path: Path, file: IO[bytes]) -> bool:

@@ -42,7 +42,7 @@ UPLOADED = ".rayignore"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
 OUR_VARIABLES = (*ENVIRONMENT, "FVLM_JOB", COMMIT)
-SECRET_NAME = r"SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|APIKEY|PRIVATE|(^|_)(KEY|KEYS|PAT|AUTH|PWD|DSN)(_ID)?($|_)"
+SECRET_NAME = r"SECRET|TOKEN(?!IZER)|PASSW|PASSPHRASE|CREDENTIAL|APIKEY|PRIVATE|_PWD$|(^|_)(KEYS?|PAT|AUTH|DSN)($|_)"
 MIN_SECRET_CHARS = 8
 """Of a value that is looked for in others."""
 TRIES = 4
@@ -145,8 +145,7 @@ def variables(given: list[str]) -> dict[str, str]:
         if is_secret(name) or any(secret in value for secret in secrets) or holds_password(value):
             raise UserError(
                 f"--env {name}: it looks like a secret, and Ray would keep it with the job, show it to whoever may "
-                "list jobs and write it into logs. Set it on the cluster's nodes, before the cluster starts or in a "
-                "file of mode 600 (cluster/README.md)."
+                "list jobs and write it into logs. Set it on the cluster's nodes, before the cluster starts."
             )
         found[name] = value
     return found

@@ -266,5 +266,7 @@ def test_a_disk_without_locks_has_a_substitute_on_this_machine_or_is_refused(tmp
     assert not is_locked(run_dir)
     nowhere.append(True)
     refusal = pytest.raises(UserError, match=r"run/lock: its disk has no file locks .* choose another disk")
+    shutil.rmtree(run_dir)
     with refusal, exclusive(run_dir):
         pass
+    assert not run_dir.exists()
