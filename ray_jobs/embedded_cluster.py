@@ -16,6 +16,7 @@ import secrets
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 FOLDER_PREFIX = "fvlm-ray-"
+LOCK_S = 5
+"""A lock file that is younger may not have been locked yet."""
 MAX_FOLDER_CHARS = 40
 """Ray puts unix sockets 64 characters below its folder, and the kernel allows them 107."""
 
@@ -92,6 +95,8 @@ def _folder() -> Iterator[Path]:
         parent = Path("/tmp")
     for stale in parent.glob(f"{FOLDER_PREFIX}*"):
         with contextlib.suppress(OSError), (stale / "lock").open() as lock:  # in use, or another user's
+            if time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_S:
+                continue
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))

@@ -97,8 +97,9 @@ def failure_noted(note: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Terminated) as error:
+        name = error.signal.name if isinstance(error, Terminated) else "Ctrl-C"
         with contextlib.suppress(UserError, OSError):
-            note(f"stopped by {type(error).__name__}, without waiting for a checkpoint")
+            note(f"stopped by {name}, without waiting for a checkpoint")
         raise
     except Exception as error:
         with contextlib.suppress(UserError, OSError):  # there may be no room for the line

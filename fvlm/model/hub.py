@@ -153,8 +153,9 @@ def keep_architecture(config: Config, begun: bool) -> Architecture:
         pinned = kept.part(part) if kept and kept.part(part).revision else None
         parts[part] = pinned or fresh(part, getattr(config.model, part))
     architecture = Architecture(**parts)
-    with unwritable_is_a_user_error(config.run_dir):
-        write_atomic(config.run_dir / ARCHITECTURE, architecture.to_json())
+    if architecture != kept:
+        with unwritable_is_a_user_error(config.run_dir):
+            write_atomic(config.run_dir / ARCHITECTURE, architecture.to_json())
     return architecture
 
 
