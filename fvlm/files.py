@@ -120,6 +120,7 @@ CURES = {
     errno.EISDIR: "A folder lies where a file should be: move it away, or choose another place.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ELOOP: "Its links lead in a circle: mend them, or choose another place.",
+    errno.ESTALE: "The network disk no longer knows it: mount it anew, and run the same command again.",
     errno.EIO: "The disk failed (`dmesg` may say why): mend it, and run the same command again.",
     errno.EMFILE: "Too many files are open: `ulimit -n` has to be higher.",
     errno.ENOENT: "Bring it back, or choose another place.",
@@ -136,7 +137,7 @@ def file_error(error: OSError, path: Path | None = None) -> UserError | StoreUna
     # The second is that of a rename, where the first is a temporary file of ours.
     names = [name for name in (error.filename2, error.filename) if isinstance(name, str)]
     where = names[0] if names else str(path)
-    if is_away(error, Path(where)):
+    if error.errno != errno.ESTALE and is_away(error, Path(where)):  # that one somebody has to mount anew
         return away_error(error, path or Path(where))
     reason = error.strerror or str(error)
     if path is not None and where != str(path):
