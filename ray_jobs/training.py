@@ -200,7 +200,7 @@ def make_run(
     device: torch.device,
     store: CheckpointStore,
     choice: Choice,
-    alive: Callable[[], None],
+    alive: Callable[[], None] = lambda: None,
 ) -> Run:
     """The run as the chosen checkpoint left it, or at step 0. alive: called while the checkpoint is fetched"""
     configure_numerics(config, device)

@@ -241,7 +241,7 @@ def begun(good: Path, tmp_path: Path) -> Path:
     """A run folder with a checkpoint of step 0."""
     config = parse(arguments(good, tmp_path / "runs"))
     manifest = train.prepare_run(config)
-    run = make_run(config, manifest, torch.device("cpu"), checkpoint_store(config), Choice(None, 0, 0, ()), print)
+    run = make_run(config, manifest, torch.device("cpu"), checkpoint_store(config), Choice(None, 0, 0, ()))
     for parameter in (p for group in run.optimizer.param_groups for p in group["params"]):
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()  # so that there are moments
@@ -276,7 +276,7 @@ def restore(begun: Path, good: Path, *more: str) -> None:
     before = tree(begun)
     try:
         store = checkpoint_store(config)
-        make_run(config, manifest, torch.device("cpu"), store, Choice("step-00000000", 0, 0, ()), print)
+        make_run(config, manifest, torch.device("cpu"), store, Choice("step-00000000", 0, 0, ()))
     finally:
         assert tree(begun) == before
 

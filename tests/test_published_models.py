@@ -23,7 +23,7 @@ from fvlm.hub_files import ModelFiles
 from fvlm.model.hub import ARCHITECTURE, ARCHITECTURES, build_model, kept_architecture
 from fvlm.train.optim import allocate_moments
 from fvlm.train.resume import Choice
-from fvlm.train.run_folder import TOKENIZER
+from fvlm.train.run_folder import TOKENIZER, exclusive
 from fvlm.train.state import contents_of
 from fvlm.train.store import CHECKPOINTS, LocalStore, checkpoint_store
 from ray_jobs.options import parse
@@ -182,7 +182,7 @@ def test_what_the_hub_refuses_is_one_line_of_the_start_and_of_the_doctor(
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of HTTP 503
     hub.refuses[LANGUAGE] = (status, code)
     config = config_of(tmp_path, manifest)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error, exclusive(config.run_dir):  # as the command does
         prepare_run(config)
     message = str(error.value)
     assert "\n" not in message and not [word for word in [*said, LANGUAGE] if word not in message], message
