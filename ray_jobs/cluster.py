@@ -20,6 +20,7 @@ from fvlm.resources import available_memory, usable_cpus
 from ray_jobs.embedded_cluster import embedded_cluster
 
 GIB = 1 << 30
+LOOPBACK = ("localhost", "::1", "[::1]")
 
 
 @contextlib.contextmanager
@@ -100,6 +101,10 @@ def _join(address: str, log_to_driver: bool) -> None:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host:  # a closed port fails at once here; Ray would try it for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
+        if host in LOOPBACK or host.startswith("127."):
+            # Ray would look for it at this machine's address in the network, where nothing of it listens.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.WARNING)
     except (OSError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(

@@ -113,14 +113,14 @@ def _environment(folder: Path) -> Iterator[None]:
     """What Ray reads when a cluster starts: loopback, and token authentication with a token of its own.
 
     Left to itself, Ray would write a token to ~/.ray, and every later `ray start` of that user would ask for it. A
-    token in the shell is another cluster's.
+    file with a token that the shell names is another cluster's, and may be gone.
     """
     token = folder / "auth_token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     wanted = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": None,
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or None,  # any will do, and others may have to know it
         "RAY_AUTH_TOKEN_PATH": str(token),
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",  # then Ray takes the loopback for the node's address
     }

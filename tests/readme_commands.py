@@ -204,6 +204,7 @@ RULES: list[tuple[str, Run | Listed]] = [
     (r"-m ray_jobs\.train .*s3://", Listed("a bucket; tests/test_remote.py has a server of S3", training)),
     (r"-m ray_jobs\.submit .*http://192\.168", Listed("a second machine; tests/test_nodes.py has nodes", training)),
     (r"-m ray_jobs\.submit .*--scale\.device cuda", Listed("a GPU in a cluster of Kubernetes", training)),
+    (r"^scancel --batch --signal=TERM JOB$", Listed("Slurm's own", shell)),
     (r"^sbatch .*slurm\.sbatch", Listed("Slurm; tests/ops runs it with stand-ins", training)),
     (r"^FVLM_H\w+=192\.168|^scp |^ssh |^mkdir -p ~/\.fvlm-cluster && scp", Listed("a second machine", shell)),
     (r"^(kubectl|docker) |\$\(kubectl", Listed("Kubernetes and a registry; tests/ops reads the files", shell)),

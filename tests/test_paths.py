@@ -12,6 +12,7 @@ from fvlm import presets
 from fvlm.config import Config, is_uri
 from fvlm.errors import UserError
 from fvlm.train.run_folder import open_run
+from fvlm.train.store import SAVED
 from ray_jobs import paths, prepare
 from ray_jobs.convert import ConvertConfig, convert
 from ray_jobs.options import parse
@@ -124,7 +125,8 @@ def manifest(tmp_path):
 
 def opened(manifest, *model: str) -> None:
     args = ["demo", "--runs-dir", str(Path(manifest.root).parent / "runs"), "--data.path", manifest.root]
-    open_run(parse([*args, *model]), manifest)
+    run_dir = open_run(parse([*args, *model]), manifest)
+    (run_dir / SAVED).write_text("step-00000010")  # a run without a finished step would take any config
 
 
 def test_a_run_goes_on_with_its_models_folder_however_and_from_wherever_it_is_named(here, manifest, monkeypatch):
