@@ -13,6 +13,7 @@ from fvlm.data.latents import BlockTransform
 from fvlm.data.schema import Manifest
 from fvlm.data.shards import write_manifest
 from fvlm.errors import UserError
+from fvlm.train.run_folder import exclusive
 from ray_jobs.options import parse
 from ray_jobs.train import prepare_run
 
@@ -34,7 +35,8 @@ def test_latents_of_another_codec_are_refused_by_the_start_and_by_the_doctor(tmp
     manifest = dataset(tmp_path / "data", codec)
     config = config_of(tmp_path, manifest)
     (tmp_path / "latest.pt").write_bytes(b"is not opened")
-    with pytest.raises(UserError, match=rf"--import-checkpoint .*latest\.pt: .*sd-vae-ft-mse.*{codec}.*--latents sd-v"):
+    said = rf"--import-checkpoint .*latest\.pt: .*sd-vae-ft-mse.*{codec}.*--latents sd-v"
+    with pytest.raises(UserError, match=said), exclusive(config.run_dir):  # as the command does
         prepare_run(config)
     assert not config.run_dir.exists()
     (found,) = look_at_import(config, manifest)
