@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -20,7 +21,6 @@ from fvlm.resources import available_memory, usable_cpus
 from ray_jobs.embedded_cluster import embedded_cluster
 
 GIB = 1 << 30
-LOOPBACK = ("localhost", "::1", "[::1]")
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def _join(address: str, log_to_driver: bool) -> None:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host:  # a closed port fails at once here; Ray would try it for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
-        if host in LOOPBACK or host.startswith("127."):
+        if _is_loopback(host):
             # Ray would look for it at this machine's address in the network, where nothing of it listens.
             ray_constants.ENABLE_RAY_CLUSTER = False
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
@@ -111,3 +111,10 @@ def _join(address: str, log_to_driver: bool) -> None:
             f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}). "
             "Start it, or unset RAY_ADDRESS to run on this machine alone."
         ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -9,7 +9,6 @@ save.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -27,6 +26,8 @@ import ray
 from ray._private import ray_constants, services
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # a compiled module
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
+
+from fvlm import locks
 
 FOLDER_PREFIX = "fvlm-ray-"
 LOCK_S = 5
@@ -95,14 +96,13 @@ def _folder() -> Iterator[Path]:
         parent = Path("/tmp")
     for stale in parent.glob(f"{FOLDER_PREFIX}*"):
         with contextlib.suppress(OSError), (stale / "lock").open() as lock:  # in use, or another user's
-            if time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_S:
-                continue
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(stale, ignore_errors=True)
+            is_new = time.time() - os.fstat(lock.fileno()).st_mtime < LOCK_S
+            if not is_new and locks.try_lock(lock.fileno()):
+                shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
     try:
         with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locks.lock(lock.fileno())
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

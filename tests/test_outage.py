@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
+import faulty_store
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,22 +71,19 @@ def test_only_bad_input_ends_a_command_with_2(capsys, error, code) -> None:
     assert not issubclass(Unavailable, UserError) and getattr(again, "for_s", 3.0) == 3.0
 
 
-@pytest.mark.parametrize("status", [301, 400, 401, 403, 407])
-def test_a_wrong_address_or_a_refusal_is_the_users_at_once(proxy, status, monkeypatch) -> None:
-    monkeypatch.setitem(__import__("faulty_store").ERRORS, status, "Odd")
-    strict = proxy(**{f"s{status}": 1.0})
+@pytest.mark.parametrize(
+    "status, kind, said",
+    [(status, UserError, "was refused") for status in (301, 400, 401, 403, 407)]
+    + [(status, StoreUnavailable, "could not be reached") for status in (429, 500, 502, 503, 504)],
+)
+def test_a_wrong_address_or_a_refusal_is_the_users_at_once_and_what_is_busy_or_broken_may_pass(
+    proxy, status, kind, said, monkeypatch
+) -> None:
+    monkeypatch.setitem(faulty_store.ERRORS, status, "Odd")
+    answering = proxy(**{f"s{status}": 1.0})
     for ask in (lambda s: s.tree(), lambda s: s.open("x"), lambda s: s.write("x", lambda: [b"1"], 1)):
-        with pytest.raises(UserError, match="was refused"):
-            ask(Storage(strict.uri("set"), QUICK))
-
-
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_what_a_store_says_that_is_busy_or_broken_may_pass(proxy, status, monkeypatch) -> None:
-    monkeypatch.setitem(__import__("faulty_store").ERRORS, status, "Odd")
-    bad = proxy(**{f"s{status}": 1.0})
-    for ask in (lambda s: s.tree(), lambda s: s.open("x"), lambda s: s.write("x", lambda: [b"1"], 1)):
-        with pytest.raises(StoreUnavailable, match="could not be reached"):
-            ask(Storage(bad.uri("set"), QUICK))
+        with pytest.raises(kind, match=said):
+            ask(Storage(answering.uri("set"), QUICK))
 
 
 def test_a_bucket_that_is_missing_is_not_one_without_checkpoints(proxy) -> None:
